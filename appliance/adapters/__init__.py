@@ -1,0 +1,1 @@
+"""The hands: one file, one outside thing, one third-party library."""

@@ -1,0 +1,1 @@
+"""The client: what a local program imports to ask the appliance, and what `appliance infer` is made of."""

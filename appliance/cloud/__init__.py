@@ -1,0 +1,1 @@
+"""The cloud: signs and publishes models."""

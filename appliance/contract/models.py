@@ -1,0 +1,97 @@
+"""Models on their way from the cloud to a device: signed manifests, encrypted artifacts, chunks, keys."""
+
+from typing import ClassVar
+
+import msgspec
+
+from appliance.contract.codec import Message
+from appliance.contract.vocabulary import Platform
+
+CHUNK_BYTES = 262_144
+"""256 KiB: the size at which a window of 8 fills 1 GbE while the broker stays small (docs/decisions/0005)."""
+
+
+class EdgeConstraints(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device must offer, and what it promises, for a model. `target_latency_ms` is for one request at batch 1."""
+
+    min_vram_gb: float
+    max_batch_size: int
+    target_latency_ms: float
+
+
+class CompiledArtifact(msgspec.Struct, frozen=True, kw_only=True):
+    """One platform's model file and the encrypted container that carries it.
+
+    Attributes:
+        size, sha256: of the plaintext model file.
+        container_size, container_sha256: of the encrypted container as it is pulled and stored; the hash names the artifact.
+        root: SHA-256 over the container's header and all chunk tags (hex), see docs/rooms/trust.md.
+    """
+
+    size: int
+    sha256: str
+    container_size: int
+    container_sha256: str
+    root: str
+
+
+class Manifest(Message, frozen=True, tag="manifest"):
+    """One release of one model; a signed target of the metadata. `token` only ever grows: an older one is refused."""
+
+    limit: ClassVar[int] = 65_536
+    model_id: str
+    version: str
+    sha256: str
+    token: int
+    compiled_artifacts: dict[Platform, CompiledArtifact]
+    edge_constraints: EdgeConstraints
+    released_at: float
+
+
+class Release(Message, frozen=True, tag="release"):
+    """Everything on offer: the files of a TUF repository (`metadata/1.root.json`, `targets/NAME.json`, …) by path."""
+
+    limit: ClassVar[int] = 1_048_576
+    files: dict[str, bytes]
+
+
+class ChunkAsk(Message, frozen=True, tag="chunk_ask"):
+    """Ask for chunk `index` (from 0, of `CHUNK_BYTES`; the last may be shorter) of the artifact with this container hash."""
+
+    limit: ClassVar[int] = 512
+    artifact: str
+    index: int
+
+
+class KeyAsk(Message, frozen=True, tag="key_ask"):
+    """A device asks for the data key of an artifact, wrapped by the key-encryption key that only its TPM opens."""
+
+    limit: ClassVar[int] = 512
+    artifact: str
+
+
+class WrappedKey(Message, frozen=True, tag="wrapped_key"):
+    """AES-256-GCM(KEK, nonce, data key); additional data is the artifact's container hash. `epoch` names the KEK."""
+
+    limit: ClassVar[int] = 1_024
+    artifact: str
+    epoch: int
+    nonce: bytes
+    wrapped: bytes
+
+
+class RegionKeyAsk(Message, frozen=True, tag="region_key_ask"):
+    """A region asks the cloud for an artifact's data key, encrypted to this X25519 public key (32 bytes)."""
+
+    limit: ClassVar[int] = 512
+    artifact: str
+    public: bytes
+
+
+class RegionKey(Message, frozen=True, tag="region_key"):
+    """The data key under X25519 + HKDF-SHA256 + AES-256-GCM; `ephemeral` is the sender's public key."""
+
+    limit: ClassVar[int] = 1_024
+    artifact: str
+    ephemeral: bytes
+    wrapped: bytes

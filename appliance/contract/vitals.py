@@ -1,0 +1,64 @@
+"""What a device says of itself: measured board readings, periodic vitals, and events worth telling once."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from appliance.contract.codec import Message
+from appliance.contract.vocabulary import LinkState, Mode
+
+
+@dataclass(frozen=True, slots=True)
+class BoardReading:
+    """One reading of the board. Temperatures in degrees Celsius by zone name, memory in bytes, clocks in Hz.
+
+    A quantity that this board cannot measure is None or absent, never zero.
+    """
+
+    temperatures_c: dict[str, float]
+    memory_total_bytes: int
+    memory_available_bytes: int
+    throttle_causes: tuple[str, ...] = ()
+    gpu_clock_hz: float | None = None
+    gpu_clock_cap_hz: float | None = None
+    memory_psi_some_avg10: float | None = None
+
+    @property
+    def hottest_c(self) -> float | None:
+        """The hottest zone, or None where no zone can be read."""
+        return max(self.temperatures_c.values(), default=None)
+
+
+class Vitals(Message, frozen=True, tag="vitals"):
+    """A device's heartbeat: `seq` counts from 1 after each start, `interval_s` says when the next one is due.
+
+    Latencies are of the last 30 s, in milliseconds; counters are since start. None means not measured.
+    """
+
+    limit: ClassVar[int] = 4_096
+    device: str
+    seq: int
+    interval_s: float
+    uptime_s: float
+    mode: Mode
+    link: LinkState
+    model: str
+    model_version: str
+    answered: int
+    failed: int
+    rate_per_s: float
+    p50_ms: float | None
+    p99_ms: float | None
+    temperature_c: float | None
+    memory_used_bytes: int
+    memory_total_bytes: int
+    rotations: int
+
+
+class Event(Message, frozen=True, tag="event"):
+    """Something that happened once: `what` is a past-tense phrase in snake_case, `fields` its data as text."""
+
+    device: str
+    seq: int
+    at: float
+    what: str
+    fields: dict[str, str]

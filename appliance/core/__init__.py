@@ -1,0 +1,1 @@
+"""The mind: decides, and touches nothing. Time, chance and bytes are arguments."""

@@ -1,0 +1,1 @@
+"""Change: models and the OS are replaced without a gap, and a bad release goes back by itself."""

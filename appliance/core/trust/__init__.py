@@ -1,0 +1,1 @@
+"""Trust: nothing unproven runs or connects."""

@@ -1,0 +1,1 @@
+"""The lab: one machine plays a whole fleet, on real parts."""

@@ -1,0 +1,210 @@
+"""What the loops ask of the world. Each Protocol is implemented by one adapter and, in tests, by one fake.
+
+Adapters raise only `appliance.contract.errors`; anything foreign is translated at the border.
+"""
+
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from appliance.contract.attest import Approval, Challenge, EnrolAsk, EnrolChallenge, Enrolled, EnrolProof, Evidence
+from appliance.contract.inference import Array, Signature
+from appliance.contract.models import CompiledArtifact, Manifest, Release
+from appliance.contract.vitals import BoardReading
+from appliance.contract.vocabulary import Platform
+
+
+class Clock(Protocol):
+    """Time, so that a test can own it."""
+
+    def monotonic(self) -> float:
+        """Seconds that only grow and go on in suspend (CLOCK_BOOTTIME); the zero is arbitrary."""
+
+    def wall(self) -> float:
+        """Seconds since the epoch; may jump."""
+
+    async def sleep_until(self, deadline: float) -> None:
+        """Return when `monotonic()` has reached the deadline."""
+
+
+class Board(Protocol):
+    """The sensors of the machine."""
+
+    def read(self) -> BoardReading:
+        """Read all sensors now (well under 10 ms). Raises: WorldError if not even memory can be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inbound:
+    """One received message."""
+
+    topic: str
+    payload: bytes
+
+
+class Link(Protocol):
+    """A connection to the region's broker that heals itself; everything here returns within its timeout, connected or not."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker's session is up now."""
+
+    @property
+    def rotations(self) -> int:
+        """How many times the connection moved to a renewed SVID since start."""
+
+    async def publish(self, topic: str, payload: bytes, *, retain: bool = False, qos: int = 1, timeout_s: float = 5.0) -> None:
+        """Publish. Raises: WorldError (`not_connected`, `timeout`), TheirsError (`not_authorised`: the broker refused)."""
+
+    async def ask(self, topic: str, payload: bytes, *, timeout_s: float = 5.0) -> bytes:
+        """Send a request and return the answer's bytes.
+
+        Raises: WorldError (`not_connected`, `timeout`), TheirsError with the peer's reason if it refused.
+        """
+
+    def on(self, pattern: str, handler: Callable[[Inbound], Awaitable[None]]) -> None:
+        """Subscribe; the message is acknowledged to the broker after `handler` returned. Call before `run`."""
+
+    def serve(self, pattern: str, handler: Callable[[Inbound], Awaitable[bytes]]) -> None:
+        """Answer requests on topics that match; an ApplianceError becomes a `Refused`. Call before `run`."""
+
+    async def run(self) -> None:
+        """Connect, reconnect with backoff, rotate with the SVID; ends only by cancellation."""
+
+
+class Identity(Protocol):
+    """The workload's SPIFFE identity; keys live in memory only."""
+
+    @property
+    def spiffe_id(self) -> str:
+        """This workload's own SPIFFE ID."""
+
+    @property
+    def not_after(self) -> float:
+        """When the present SVID expires, seconds since the epoch."""
+
+    def client_context(self, peer: str) -> ssl.SSLContext:
+        """A TLS 1.3 context with the present SVID that accepts only a server whose SPIFFE ID is `peer`.
+
+        Raises: WorldError (`svid_expired`, `workload_api`).
+        """
+
+    async def renewed(self) -> None:
+        """Return when a newer SVID than at the time of the call has arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealedKey:
+    """What a device keeps on disk of its enrolment: nothing here is secret, losing it means enrolling again."""
+
+    enrolled: Enrolled
+    private: bytes
+
+
+class Tpm(Protocol):
+    """The device's TPM. Each call takes the TPM for itself, flushes what it loaded, and raises WorldError (`tpm`) on failure."""
+
+    async def enrol_ask(self) -> EnrolAsk:
+        """Read the EK certificate and the public parts of EK, AK and SRK."""
+
+    async def prove(self, challenge: EnrolChallenge) -> EnrolProof:
+        """Activate the credential and certify the SRK. Raises: TheirsError (`credential`) if it was not made for this TPM."""
+
+    async def adopt(self, enrolled: Enrolled) -> SealedKey:
+        """Import the sealed key. Raises: TheirsError (`srk_name`, `import`)."""
+
+    async def evidence(self, sealed: SealedKey, challenge: Challenge) -> Evidence:
+        """Start a salted policy session, quote over the nonce; the session waits for `unseal` (a later call replaces it)."""
+
+    async def unseal(self, sealed: SealedKey, approval: Approval) -> bytes:
+        """Satisfy the policy with the approval and return the 32-byte KEK.
+
+        Raises: TheirsError (`policy`, `expired`, `signature`, `pcr`), with an operator's words in `what`.
+        """
+
+
+class Weights(Protocol):
+    """The container format of weights at rest; plaintext goes to anonymous memory only."""
+
+    def open(self, container: str, artifact: CompiledArtifact, data_key: bytes) -> int:
+        """Decrypt a container file (path) into a sealed memfd, check root and plaintext hash, return the descriptor.
+
+        Raises: TheirsError (`tampered`, `wrong_key`), WorldError (`disk`, `memory`).
+        """
+
+
+class Depot(Protocol):
+    """Ciphertext artifacts and small state files on disk; every change is atomic and survives a power cut."""
+
+    def missing(self, artifact: CompiledArtifact) -> list[int]:
+        """Indices of the chunks that are not yet on disk; empty when the container is complete and its hash agrees."""
+
+    def put(self, artifact: CompiledArtifact, index: int, chunk: bytes) -> None:
+        """Store a chunk. Raises: TheirsError (`chunk`) on a wrong size, WorldError (`disk`)."""
+
+    def complete(self, artifact: CompiledArtifact) -> str:
+        """Check the whole hash and return the container's path. Raises: TheirsError (`tampered`) and forgets the chunks."""
+
+    def drop(self, artifact: str) -> None:
+        """Remove an artifact by its container hash; not an error if it is absent."""
+
+    def save(self, name: str, payload: bytes) -> None:
+        """Store a small state file. Raises: WorldError (`disk`)."""
+
+    def load(self, name: str) -> bytes | None:
+        """Read a small state file; None if there is none."""
+
+
+class Metadata(Protocol):
+    """Signed metadata with rollback protection (TUF); its trusted state survives restarts."""
+
+    def verify(self, release: Release) -> list[Manifest]:
+        """Check signatures, versions, expiry and hashes; return all manifests on offer.
+
+        Raises: TheirsError (`unsigned`, `rollback`, `expired`, `hash`, `malformed`); nothing changed then.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that a worker holds: `key` is the name by which `run` and `unload` mean it."""
+
+    key: str
+    signature: Signature
+
+
+class Engine(Protocol):
+    """Child processes that run models; a crash costs a process, not the daemon."""
+
+    async def load(self, key: str, platform: Platform, weights: Callable[[], int]) -> LoadedModel:
+        """Load a model from the descriptor that `weights()` returns; it is called again when a child is replaced.
+
+        The engine closes each descriptor. Raises: TheirsError (`model`: the file is not loadable), WorldError (`worker_lost`).
+        """
+
+    async def run(self, key: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """Run one batch; empty `outputs` means all. Raises: WorldError (`worker_lost`), TheirsError (`model`)."""
+
+    async def unload(self, key: str) -> None:
+        """Forget a model and return its memory."""
+
+
+class Notifier(Protocol):
+    """The service manager (sd_notify); silent where there is none."""
+
+    def ready(self) -> None:
+        """READY=1."""
+
+    def status(self, text: str) -> None:
+        """STATUS=text, one line for `systemctl status`."""
+
+    def watchdog(self) -> None:
+        """WATCHDOG=1."""
+
+    def stopping(self) -> None:
+        """STOPPING=1."""
+
+    @property
+    def watchdog_s(self) -> float | None:
+        """How often `watchdog` must be called, already halved; None if no watchdog is set."""

@@ -1,0 +1,1 @@
+"""The region: attests devices, relays releases, gathers vitals."""

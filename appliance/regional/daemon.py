@@ -1,0 +1,1 @@
+"""The composition root: opens adapters, builds minds, starts loops."""
