@@ -1,0 +1,35 @@
+# The two commands: `make run` shows the whole thing on this machine, `make test` proves it.
+PYTHON := .venv/bin/python
+FAST := not slow
+LOCK := --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-find-links --no-emit-index-url
+
+.PHONY: run test check setup docs bench lock clean
+
+run: setup ## a broker, a software TPM, a cloud, a region and DEVICES=1 devices read shelf labels; RUN_FOR=60 stops by itself
+	@$(PYTHON) -m appliance lab
+
+test: setup ## everything, on real parts
+	@$(PYTHON) -m pytest -rs
+
+check: setup ## format, lint, types, house rules, fast tests: under 90 s
+	@.venv/bin/ruff format --check --quiet . && .venv/bin/ruff check --quiet .
+	@.venv/bin/lint-imports --no-logo >build/lint-imports.log || { cat build/lint-imports.log; exit 1; }
+	@.venv/bin/mypy
+	@$(PYTHON) -m pytest -m "$(FAST)"
+
+docs: setup ## regenerate what docs/ holds that is generated (diagrams, tables)
+	@$(PYTHON) -m tests.generate_docs
+
+bench: setup ## benchmarks of the pieces; figures in build/reports
+	@for bench in tests/bench/bench_*.py; do $(PYTHON) $$bench || exit 1; done
+
+lock: ## renew requirements*.txt from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml $(LOCK) -o requirements.txt
+	uv pip compile pyproject.toml --group dev -c requirements.txt $(LOCK) -o requirements-dev.txt
+
+clean: ## remove the lab's state, reports and the virtual environment
+	@rm -rf build .venv
+
+setup:
+	@mkdir -p build/reports
+	@scripts/setup
