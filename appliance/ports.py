@@ -6,10 +6,10 @@ Adapters raise only `appliance.contract.errors`; anything foreign is translated 
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from appliance.contract.attest import Approval, Challenge, EnrolAsk, EnrolChallenge, Enrolled, EnrolProof, Evidence
-from appliance.contract.inference import Array, Signature
+from appliance.contract.inference import Answer, Array, Request, Signature
 from appliance.contract.models import CompiledArtifact, Manifest, Release
 from appliance.contract.vitals import BoardReading
 from appliance.contract.vocabulary import Platform
@@ -57,8 +57,8 @@ class Link(Protocol):
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False, qos: int = 1, timeout_s: float = 5.0) -> None:
         """Publish. Raises: WorldError (`not_connected`, `timeout`), TheirsError (`not_authorised`: the broker refused)."""
 
-    async def ask(self, topic: str, payload: bytes, *, timeout_s: float = 5.0) -> bytes:
-        """Send a request and return the answer's bytes.
+    async def ask(self, topic: str, payload: bytes, *, timeout_s: float = 5.0, qos: int = 1) -> bytes:
+        """Send a request (`qos` 0 for chunks, where the answer is the acknowledgement) and return the answer's bytes.
 
         Raises: WorldError (`not_connected`, `timeout`), TheirsError with the peer's reason if it refused.
         """
@@ -146,6 +146,9 @@ class Depot(Protocol):
     def complete(self, artifact: CompiledArtifact) -> str:
         """Check the whole hash and return the container's path. Raises: TheirsError (`tampered`) and forgets the chunks."""
 
+    def read(self, artifact: str, index: int) -> bytes:
+        """Read one chunk of a complete artifact. Raises: TheirsError (`unknown_artifact`, `chunk`), WorldError (`disk`)."""
+
     def drop(self, artifact: str) -> None:
         """Remove an artifact by its container hash; not an error if it is absent."""
 
@@ -154,6 +157,9 @@ class Depot(Protocol):
 
     def load(self, name: str) -> bytes | None:
         """Read a small state file; None if there is none."""
+
+    def forget(self, name: str) -> None:
+        """Remove a small state file; not an error if it is absent."""
 
 
 class Metadata(Protocol):
@@ -208,3 +214,43 @@ class Notifier(Protocol):
     @property
     def watchdog_s(self) -> float | None:
         """How often `watchdog` must be called, already halved; None if no watchdog is set."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a caller may know of a served model. `versions` has the newest first; `max_batch` is in rows of axis 0 and at least 1."""
+
+    name: str
+    versions: tuple[str, ...]
+    signature: Signature
+    ready: bool
+    max_batch: int
+
+
+class Desk(Protocol):
+    """What the ingress asks of the serving loop; only `infer` may wait."""
+
+    def live(self) -> bool:
+        """Whether the loops of this process move."""
+
+    def ready(self) -> bool:
+        """Whether a request that comes now would be served."""
+
+    def why_not_ready(self) -> str:
+        """One sentence for a person; empty when ready."""
+
+    def models(self) -> Sequence[str]:
+        """Names of all models that are known here, ready or not."""
+
+    def describe(self, model: str, version: str) -> ModelCard:
+        """Describe a model; an empty version means the served one. Raises: TheirsError (`unknown_model`)."""
+
+    async def infer(self, request: Request) -> Answer:
+        """Answer one request; its arrays may be read-only and unaligned. Cancellation means that the caller is gone.
+
+        Raises: TheirsError (`unknown_model`, or a fault that `contract.admission.check` found),
+        WorldError (`backlog_full`, `deadline`, `worker_lost`, `not_ready`, `draining`), with `retry_after_s` where it is known.
+        """
+
+    def status(self) -> dict[str, Any]:
+        """The vitals as JSON-able values, for people and for the lab."""

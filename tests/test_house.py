@@ -86,7 +86,7 @@ def test_pure_floor_never_waits_nor_looks_at_a_clock(path: Path) -> None:
 
 
 def test_no_silenced_type_errors() -> None:
-    """mypy is strict for every file: no per-file `ignore_errors`."""
+    """Mypy is strict for every file: no per-file `ignore_errors`."""
     assert "ignore_errors" not in (ROOT / "pyproject.toml").read_text()
 
 

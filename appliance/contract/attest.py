@@ -5,6 +5,7 @@ Byte fields are TPM 2.0 structures as marshalled by the TPM (Part 2), so that bo
 EnrolAsk, EnrolChallenge, EnrolProof, Enrolled; then at each opening ChallengeAsk, Challenge, Evidence, Approval.
 """
 
+import hashlib
 
 from appliance.contract.codec import Message
 
@@ -71,7 +72,7 @@ class Challenge(Message, frozen=True, tag="challenge"):
 
 
 class Evidence(Message, frozen=True, tag="evidence"):
-    """A quote over the nonce, the PCR values it stands for, and the nonce of the policy session that waits for approval."""
+    """A quote over `quoted_nonce`, the PCR values it stands for, and the nonce of the policy session that waits for approval."""
 
     nonce: bytes
     quote_attest: bytes
@@ -93,3 +94,8 @@ class Approval(Message, frozen=True, tag="approval"):
     session_signature: bytes
     approved: bytes
     approved_signature: bytes
+
+
+def quoted_nonce(nonce: bytes, session_nonce: bytes) -> bytes:
+    """What a quote is over: SHA-256 of the region's nonce (32 bytes) and the session's, so nobody can slip in another session."""
+    return hashlib.sha256(nonce + session_nonce).digest()

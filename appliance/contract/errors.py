@@ -16,15 +16,17 @@ class ApplianceError(Exception):
         what: what is wrong, with expected and seen values.
         where: the file, topic, field or device that is at fault; empty if `what` names it.
         remedy: what a person can do; empty if nothing but waiting helps.
+        retry_after_s: seconds after which it is worth asking again; None where that is not known.
     """
 
-    def __init__(self, reason: str, what: str, *, where: str = "", remedy: str = "") -> None:
+    def __init__(self, reason: str, what: str, *, where: str = "", remedy: str = "", retry_after_s: float | None = None) -> None:
         """Keep the parts; `str(error)` renders them as one line."""
         super().__init__(reason, what, where, remedy)
         self.reason = reason
         self.what = what
         self.where = where
         self.remedy = remedy
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         """Render `where: what (remedy)` without empty parts."""

@@ -1,0 +1,46 @@
+"""What the child asks of a run-time, and which class serves which platform.
+
+Run-times are heavy (onnxruntime: 85 ms and 40 MB to import): their modules are imported in the child, when a model first needs them.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from appliance.contract.inference import Array, Signature
+from appliance.contract.vocabulary import Platform
+
+METADATA_BYTES = 1_048_576
+"""The longest metadata, names and values together, that a model may carry (a dictionary of 6,625 characters is 13 kB)."""
+
+_CLASSES: Mapping[Platform, tuple[str, str]] = {
+    Platform.ONNX: ("appliance.adapters.inference.onnx", "OnnxModel"),
+    Platform.LITERT: ("appliance.adapters.inference.litert", "LiteRtModel"),
+}
+
+
+class Backend(Protocol):
+    """One loaded model. Not thread-safe: `run` and `unload` are called by one thread."""
+
+    @property
+    def provider(self) -> str:
+        """What executes the model, in the run-time's own words (`CPUExecutionProvider`, `XNNPACK`)."""
+
+    def load(self, fd: int, size: int) -> Signature:
+        """Load the model from a memfd of `size` bytes; the caller closes it. Raises: TheirsError (`model`), WorldError (`memory`)."""
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Mapping[str, Array]:
+        """Run one batch of checked inputs. The arrays returned are valid until the next call.
+
+        Raises: TheirsError (`model`), WorldError (`memory`).
+        """
+
+    def unload(self) -> None:
+        """Give back all memory."""
+
+
+def make(platform: Platform, threads: int) -> Backend:
+    """Return an empty backend for a platform; `threads` is how many one batch may use. Raises: ImportError."""
+    module, name = _CLASSES[platform]
+    backend: Backend = getattr(importlib.import_module(module), name)(threads)
+    return backend

@@ -1,0 +1,140 @@
+"""Batches through shared memory: inputs are copied in once, outputs copied out once, nothing is pickled.
+
+1. One region per batch: the inputs in signature order, then room for the outputs.
+2. How much room outputs need is learned per input shapes: the first batch of a shape brings its outputs in a memfd of its own.
+3. Nothing that the child says is used unchecked: places must lie in the batch's own room, with the axes that the signature fixes.
+4. A memfd from the child is read, never mapped: the child could truncate it under a mapping.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from appliance.adapters.inference import tensors
+from appliance.adapters.inference.arena import Arena, Region, Segment
+from appliance.adapters.inference.protocol import Done, Place
+from appliance.contract.errors import OursError, TheirsError, WorldError
+from appliance.contract.inference import Array, Signature, TensorSpec
+
+_ROOMS = 256
+"""Input shapes that are remembered per model; label widths in steps of 8 pixels times batch sizes stay below."""
+
+Sort = tuple[int | tuple[int, ...], ...]
+
+
+@dataclass(eq=False, slots=True)
+class Form:
+    """What is the same in all batches of a model."""
+
+    signature: Signature
+    rooms: dict[Sort, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """One batch on its way. `wanted` is a bit mask of outputs; the room is `room_bytes` from `room_at` in the region's segment."""
+
+    form: Form
+    sort: Sort
+    wanted: int
+    region: Region
+    room_at: int
+    room_bytes: int
+    places: Sequence[Place]
+
+
+class Exchange:
+    """The arena of one child, and what goes through it."""
+
+    def __init__(self, limit_bytes: int, announce: Callable[[Segment, int], None], retire: Callable[[Segment], None]) -> None:
+        self._arena = Arena(limit_bytes, announce, retire)
+        self._freed = asyncio.Event()
+        self._closed = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of shared memory now."""
+        return self._arena.size
+
+    async def put(self, form: Form, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Parcel:
+        """Copy a checked batch in, after waiting for room if there is none.
+
+        Raises: TheirsError (`oversized`), WorldError (`memory`, `worker_lost`).
+        """
+        arrays = [inputs[spec.name] for spec in form.signature.inputs]
+        wanted = sum(1 << bit for bit, spec in enumerate(form.signature.outputs) if not outputs or spec.name in outputs)
+        sort: Sort = (wanted, *(array.shape for array in arrays))
+        offsets, inputs_bytes = tensors.lay(0, [array.nbytes for array in arrays])
+        room_bytes = form.rooms.get(sort, 0)
+        region = await self._take(inputs_bytes + room_bytes)
+        places = [(region.offset + offset, array.shape) for offset, array in zip(offsets, arrays, strict=True)]
+        for (at, shape), array in zip(places, arrays, strict=True):
+            np.copyto(np.ndarray(shape, array.dtype, region.segment.memory, at), array)
+        return Parcel(form, sort, wanted, region, region.offset + inputs_bytes, room_bytes, places)
+
+    def open(self, parcel: Parcel, done: Done, fd: int | None) -> dict[str, Array]:
+        """Copy the outputs out. Raises: OursError (`protocol`), TheirsError (`oversized`)."""
+        specs = [spec for bit, spec in enumerate(parcel.form.signature.outputs) if parcel.wanted >> bit & 1]
+        if len(specs) != len(done.places):
+            raise OursError("protocol", f"{len(done.places)} outputs came, {len(specs)} were asked for")
+        if done.spilled_bytes and fd is not None:
+            return self._unspill(parcel, specs, done, fd)
+        end = parcel.room_at + parcel.room_bytes
+        outputs = {}
+        for spec, (at, shape) in zip(specs, done.places, strict=True):
+            _check(spec, shape, at, parcel.room_at, end)
+            outputs[spec.name] = tensors.view(parcel.region.segment.memory, spec.datatype, shape, at).copy()
+        return outputs
+
+    def drop(self, parcel: Parcel) -> None:
+        """Give a batch's region back."""
+        self._arena.give(parcel.region)
+        self._freed.set()
+
+    def close(self) -> None:
+        """Unmap everything; whoever waits for room is told that the worker is lost."""
+        self._closed = True
+        self._arena.close()
+        self._freed.set()
+
+    def _unspill(self, parcel: Parcel, specs: Sequence[TensorSpec], done: Done, fd: int) -> dict[str, Array]:
+        if done.spilled_bytes > self._arena.limit_bytes:
+            raise TheirsError(
+                "oversized",
+                f"outputs of {done.spilled_bytes} bytes; at most {self._arena.limit_bytes} are allowed",
+                remedy="send a smaller batch",
+            )
+        outputs = {}
+        for spec, (at, shape) in zip(specs, done.places, strict=True):
+            _check(spec, shape, at, 0, done.spilled_bytes)
+            array: Array = np.ndarray(shape, tensors.dtype(spec.datatype))
+            flat: Any = array.reshape(-1).view(np.uint8)  # numpy's types hide the buffer
+            if array.nbytes and os.preadv(fd, [flat], at) != array.nbytes:
+                raise OursError("protocol", f"output {spec.name!r} is cut short")
+            outputs[spec.name] = array
+        if len(parcel.form.rooms) >= _ROOMS:
+            parcel.form.rooms.clear()
+        parcel.form.rooms[parcel.sort] = done.spilled_bytes
+        return outputs
+
+    async def _take(self, size: int) -> Region:
+        while not self._closed:
+            region = self._arena.take(max(size, tensors.ALIGN_BYTES))
+            if region is not None:
+                return region
+            if not self._arena.used:
+                raise TheirsError(
+                    "oversized", f"a batch of {size} bytes; at most {self._arena.limit_bytes} are allowed", remedy="send a smaller batch"
+                )
+            self._freed.clear()
+            await self._freed.wait()
+        raise WorldError("worker_lost", "the process is gone", where="inference child")
+
+
+def _check(spec: TensorSpec, shape: tuple[int, ...], at: int, start: int, end: int) -> None:
+    if at < start or at + tensors.nbytes(spec.datatype, shape) > end:
+        raise OursError("protocol", f"output {spec.name!r} lies outside its room")

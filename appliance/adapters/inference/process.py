@@ -1,0 +1,275 @@
+"""The daemon's view of one child process: its start, its work in flight, its end.
+
+1. A process lives once. Whatever ends it (exit, hang, a broken packet) fails everything in flight with `worker_lost` at once.
+2. Past the deadline of what comes first (`lanes`) the child hangs, and SIGKILL ends it, stopped or not. Before that is judged,
+   the socket is read: a daemon that slept itself must not blame its child.
+3. A child that says what it must not (a tensor outside its room, an answer out of turn) is ended like one that hangs.
+4. It is reaped through a pidfd: no thread, no SIGCHLD handler, and nobody else's children.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from appliance.adapters.inference import protocol
+from appliance.adapters.inference.arena import Segment
+from appliance.adapters.inference.exchange import Exchange, Form
+from appliance.adapters.inference.lanes import Lane, Pending
+from appliance.adapters.inference.limits import Limits
+from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
+from appliance.contract.inference import Array, Signature
+from appliance.contract.vocabulary import Platform
+
+_MODULE = "appliance.adapters.inference.child"
+_ROOT = str(Path(__file__).parents[3])
+_SIGNATURE_BYTES = 16_777_216
+"""Metadata is at most 1 MiB, and JSON may escape a byte into six; the rest is names."""
+
+OnLost = Callable[[str, tuple[str, ...]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a successful load said."""
+
+    signature: Signature
+    provider: str
+    grew_bytes: int
+
+
+class Process:
+    """One child process, started by construction; `on_lost(cause, models at work)` is called once unless it is closed first.
+
+    Make it in the thread of a running event loop that lives as long as the daemon: the kernel kills a child when the
+    thread that started it ends. Raises: WorldError (`worker_lost`) if no process can be started.
+    """
+
+    def __init__(self, limits: Limits, threads: int, on_lost: OnLost) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limits = limits
+        self._on_lost = on_lost
+        self._ids = itertools.count(1)
+        self._batches = Lane(self._loop, self._judge)
+        self._loads = Lane(self._loop, self._judge)
+        self._reaped = asyncio.Event()
+        self.alive = True
+        self.exchange = Exchange(limits.arena_bytes, self._announce, self._retire)
+        self.pss_bytes: int | None = None
+        self.busy_ns = 0
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.setblocking(False)
+        try:
+            self._popen = _start(theirs.fileno(), threads)
+            self._pidfd = os.pidfd_open(self._popen.pid)
+        except OSError as error:
+            self._sock.close()
+            raise WorldError("worker_lost", f"no process could be started: {error}", where="inference child") from error
+        finally:
+            theirs.close()
+        self._loop.add_reader(self._sock, self._read)
+        self._loop.add_reader(self._pidfd, self._reap)
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._popen.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """How it ended: a status, or minus the signal; None while it runs."""
+        return self._popen.returncode
+
+    @property
+    def in_flight(self) -> int:
+        """Batches that the child holds."""
+        return len(self._batches)
+
+    async def hello(self) -> None:
+        """Return when the child is up. Raises: WorldError (`worker_lost`)."""
+        await self._loads.add(Pending(0, "", self._limits.start_deadline_s, self._loop.create_future()))
+
+    async def load(self, handle: int, model: str, platform: Platform, fd: int) -> LoadReport:
+        """Load a model from a descriptor that stays the caller's.
+
+        Raises: TheirsError (`model`), WorldError (`memory`, `worker_lost`).
+        """
+        pending = Pending(next(self._ids), model, self._limits.load_deadline_s, self._loop.create_future())
+        self._post(protocol.Load(pending.id, handle, platform, os.fstat(fd).st_size), fd)
+        report: LoadReport = await self._loads.add(pending)
+        return report
+
+    async def unload(self, handle: int) -> None:
+        """Return when the model's memory is given back. Raises: WorldError (`worker_lost`)."""
+        await self._aside(lambda number: protocol.Unload(number, handle))
+
+    async def run(self, handle: int, model: str, form: Form, batch: tuple[Mapping[str, Array], Sequence[str]]) -> dict[str, Array]:
+        """Run a checked batch: its inputs, and the names of the wanted outputs.
+
+        Raises: TheirsError (`model`, `oversized`), WorldError (`memory`, `worker_lost`).
+        """
+        parcel = await self.exchange.put(form, *batch)
+        pending = Pending(next(self._ids), model, self._limits.batch_deadline_s, self._loop.create_future(), parcel)
+        ask = protocol.Run(
+            pending.id, handle, parcel.region.segment.number, parcel.room_at, parcel.room_bytes, parcel.wanted, parcel.places
+        )
+        self._post(ask)
+        outputs: dict[str, Array] = await self._batches.add(pending)
+        return outputs
+
+    def measure(self) -> None:
+        """Ask the child for its memory, if it is idle; `pss_bytes` changes when it answers."""
+        if self.alive and not self._batches:
+            with contextlib.suppress(WorldError):
+                self._aside(protocol.Measure).cancel()  # nobody waits
+
+    def kill(self, cause: str) -> None:
+        """End the process now; with the cause `closed` nobody is told."""
+        self._end(cause)
+
+    async def reaped(self) -> None:
+        """Return when the kernel has let the process go."""
+        await self._reaped.wait()
+
+    def _aside(self, message: Callable[[int], protocol.ToChild]) -> asyncio.Future[None]:
+        pending = Pending(next(self._ids), "", self._limits.batch_deadline_s, self._loop.create_future())
+        self._post(message(pending.id))
+        return self._batches.add(pending)
+
+    def _announce(self, segment: Segment, fd: int) -> None:
+        self._post(protocol.Segment(segment.number, segment.ranges.size), fd)
+
+    def _retire(self, segment: Segment) -> None:
+        with contextlib.suppress(WorldError):
+            self._post(protocol.Drop(segment.number))
+
+    def _post(self, message: protocol.ToChild | protocol.Run, fd: int | None = None) -> None:
+        try:
+            protocol.send(self._sock, protocol.encode(message), fd)
+        except OSError as error:  # gone, or so stuck that its socket is full: at most `depth` batches are ever on their way
+            self._end("exited")
+            raise _lost() from error
+
+    def _read(self) -> bool:
+        """Receive one packet; False if there is none."""
+        try:
+            packet, fd = protocol.receive(self._sock)
+        except BlockingIOError:
+            return False
+        except (OSError, OursError):
+            self._end("exited")
+            return False
+        try:
+            if packet:
+                self._take(protocol.decode_for_daemon(packet), fd)
+            else:
+                self._end("exited")
+        except OursError:
+            self._end("protocol")
+        finally:
+            if fd is not None:
+                os.close(fd)
+        return self.alive
+
+    def _take(self, message: protocol.ToDaemon | protocol.Done, fd: int | None) -> None:
+        match message:
+            case protocol.Done():
+                self._finish(message, fd)
+            case protocol.Loaded():
+                self.pss_bytes = message.pss_bytes
+                _settle(self._loads.take(message.id), LoadReport(_signature(fd), message.provider, message.grew_bytes))
+            case protocol.Failed():
+                self._fail(message)
+            case protocol.Measured():
+                self.pss_bytes = message.pss_bytes
+                _settle(self._batches.take(message.id), None)
+            case protocol.Hello():
+                _settle(self._loads.take(message.id), None)
+
+    def _finish(self, done: protocol.Done, fd: int | None) -> None:
+        pending = self._batches.take(done.id)
+        self.busy_ns += done.busy_ns
+        try:
+            if not pending.future.done():
+                _settle(pending, self.exchange.open(pending.parcel, done, fd))
+        except TheirsError as error:
+            pending.future.set_exception(error)
+        except OursError:
+            pending.future.set_exception(_lost())
+            raise
+        finally:
+            self.exchange.drop(pending.parcel)
+
+    def _fail(self, failed: protocol.Failed) -> None:
+        pending = (self._batches if failed.id in self._batches else self._loads).take(failed.id)
+        if pending.parcel is not None:
+            self.exchange.drop(pending.parcel)
+        error = WorldError if failed.fault == "memory" else TheirsError
+        _settle(pending, error(failed.fault, failed.text, where=f"model {pending.model!r}"))
+
+    def _judge(self, lane: Lane) -> None:
+        while self._read():
+            pass
+        due = lane.due()
+        if due is not None and due <= self._loop.time():
+            self._end("hang")
+        else:
+            lane.arm()
+
+    def _end(self, cause: str) -> None:
+        if not self.alive:
+            return
+        self.alive = False
+        self._loop.remove_reader(self._sock)
+        self._sock.close()
+        self._popen.kill()
+        busy = self._batches.fail(_lost) + self._loads.fail(_lost)
+        self.exchange.close()
+        if cause != "closed":
+            self._on_lost(cause, busy)
+
+    def _reap(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._popen.poll()
+        self._end("exited")
+        self._reaped.set()
+
+
+def _start(fd: int, threads: int) -> subprocess.Popen[bytes]:
+    """Start the child without its daemon's standard streams but stderr; numpy is kept from starting thread pools of its own."""
+    environment = os.environ | {"PYTHONPATH": _ROOT, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", _MODULE, str(fd), str(os.getpid()), str(threads)]
+    return subprocess.Popen(command, pass_fds=(fd,), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+
+
+def _settle(pending: Pending, result: object) -> None:
+    if pending.future.done():
+        return
+    if isinstance(result, ApplianceError):
+        pending.future.set_exception(result)
+    else:
+        pending.future.set_result(result)
+
+
+def _signature(fd: int | None) -> Signature:
+    if fd is None:
+        raise OursError("protocol", "a signature came without its descriptor")
+    try:
+        return msgspec.json.decode(os.pread(fd, _SIGNATURE_BYTES, 0), type=Signature)
+    except msgspec.MsgspecError as error:
+        raise OursError("protocol", str(error)) from error
+
+
+def _lost() -> WorldError:
+    return WorldError(
+        "worker_lost", "the process was lost while it worked; a new one takes over", where="inference child", remedy="try again"
+    )

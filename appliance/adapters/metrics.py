@@ -1,0 +1,109 @@
+"""The metrics that an operator scrapes, in Prometheus' text format. A metric that nothing feeds yet is absent rather than zero."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
+
+from appliance.contract.vocabulary import LinkState, Mode, Outcome
+
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table: name, type, what it says, its labels."""
+
+    name: str
+    kind: str
+    says: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS = (
+    Metric("inference_latency_seconds", "histogram", "Seconds from arrival to answer.", ("model", "mode")),
+    Metric("inference_requests_total", "counter", "Requests by what became of them.", ("model", "reason")),
+    Metric("batch_utilization_ratio", "gauge", "Share of the largest batch that the last batch filled.", ("model",)),
+    Metric("vram_fragmentation_ratio", "gauge", "Share of the device memory that is free but cannot be allocated."),
+    Metric("thermal_throttle_events_total", "counter", "How often the clock was lowered, by cause.", ("cause",)),
+    Metric("model_version_freshness_seconds", "gauge", "Age of the release that serves.", ("model",)),
+    Metric("partition_state", "gauge", "1 for the state that a hop is in, 0 for the others.", ("hop", "state")),
+    Metric("gradient_compression_ratio", "gauge", "Raw size over sent size of model updates."),
+)
+"""Documented in docs/metrics.md; a test compares both."""
+
+
+class Meter:
+    """All metrics of one daemon, in a registry of its own. Label children are kept, so that a count costs a few microseconds."""
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        self._wall = wall
+        self._registry = CollectorRegistry()
+        self._families: dict[str, MetricWrapperBase] = {}
+        self._latency: dict[tuple[str, Mode], Histogram] = {}
+        self._requests: dict[tuple[str, Outcome], Counter] = {}
+        self._fill: dict[str, Gauge] = {}
+
+    def answered(self, model: str, mode: Mode, seconds: float) -> None:
+        """One request was answered after so many seconds."""
+        child = self._latency.get((model, mode))
+        if child is None:
+            child = self._latency[model, mode] = self._histogram("inference_latency_seconds").labels(model, mode.value)
+        child.observe(seconds)
+        self._count(model, Outcome.ANSWERED)
+
+    def failed(self, model: str, outcome: Outcome) -> None:
+        """One request was not answered, and why."""
+        self._count(model, outcome)
+
+    def batch(self, model: str, utilization: float) -> None:
+        """A batch ran with this share (0..1) of its largest size."""
+        child = self._fill.get(model)
+        if child is None:
+            child = self._fill[model] = self._gauge("batch_utilization_ratio").labels(model)
+        child.set(utilization)
+
+    def released(self, model: str, released_at: float) -> None:
+        """A version that was released at this wall time serves now; its age is computed at each scrape."""
+        self._gauge("model_version_freshness_seconds").labels(model).set_function(lambda: max(self._wall() - released_at, 0.0))
+
+    def link(self, hop: str, state: LinkState) -> None:
+        """A hop is in this state now."""
+        for each in LinkState:
+            self._gauge("partition_state").labels(hop, each.value).set(float(each is state))
+
+    def throttled(self, cause: str) -> None:
+        """The clock was lowered once, by this cause."""
+        family = self._family("thermal_throttle_events_total", Counter)
+        family.labels(cause).inc()
+
+    def fragmented(self, ratio: float) -> None:
+        """Share (0..1) of free device memory that cannot be allocated."""
+        self._gauge("vram_fragmentation_ratio").set(ratio)
+
+    def render(self) -> bytes:
+        """The exposition, Prometheus text format 0.0.4."""
+        return generate_latest(self._registry)
+
+    def _count(self, model: str, outcome: Outcome) -> None:
+        child = self._requests.get((model, outcome))
+        if child is None:
+            child = self._requests[model, outcome] = self._family("inference_requests_total", Counter).labels(model, outcome.value)
+        child.inc()
+
+    def _histogram(self, name: str) -> Any:
+        return self._family(name, functools.partial(Histogram, buckets=LATENCY_BUCKETS_S))
+
+    def _gauge(self, name: str) -> Any:
+        return self._family(name, Gauge)
+
+    def _family(self, name: str, make: Callable[..., MetricWrapperBase]) -> Any:
+        """The metric of this name, made when it is first fed."""
+        found = self._families.get(name)
+        if found is None:
+            metric = next(each for each in METRICS if each.name == name)
+            found = self._families[name] = make(metric.name, metric.says, metric.labels, registry=self._registry)
+        return found

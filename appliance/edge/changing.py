@@ -1,0 +1,174 @@
+"""Changing: follows what the region offers; a release is verified, pulled, opened and mounted, or refused while the last good one serves on.
+
+The order is the house's corridor: metadata, fence, constraints, pull, key, open, mount, keep. Whatever fails before `mount` changes nothing
+that callers can see. What serves is remembered on disk as its manifest, so that a restart mounts it again without the network's help
+beyond the key.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+import structlog
+
+from appliance.contract import topics
+from appliance.contract.codec import decode, encode
+from appliance.contract.errors import ApplianceError, TheirsError
+from appliance.contract.models import Manifest, Release
+from appliance.contract.vocabulary import Platform
+from appliance.core.trust.fencing import Fence, fingerprint, unpack
+from appliance.daily.pulling import Pull
+from appliance.edge.serving import Serving
+from appliance.edge.trusting import Trusting
+from appliance.ports import Board, Clock, Depot, Inbound, Link, Metadata, Weights
+
+FENCE_FILE = "fence.json"
+SHELF_FILE = "shelf.json"
+PREFERENCE = (Platform.ONNX, Platform.LITERT)
+RETRY_S = 2.0
+TICK_S = 0.5
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Corridor:
+    """The hands that a release passes through, in the order in which they touch it."""
+
+    metadata: Metadata
+    depot: Depot
+    weights: Weights
+    board: Board
+
+
+class Changing:
+    """Which releases are known, which serve, and the one at work."""
+
+    def __init__(
+        self,
+        link: Link,
+        clock: Clock,
+        corridor: Corridor,
+        trusting: Trusting,
+        serving: Serving,
+        *,
+        tell: Callable[[str, dict[str, str]], Awaitable[None]],
+        region: str,
+        device: str,
+    ) -> None:
+        self._link = link
+        self._clock = clock
+        self._corridor = corridor
+        self._trusting = trusting
+        self._serving = serving
+        self._tell = tell
+        self._topic = topics.chunk(region, device)
+        self._region = region
+        self._offers: asyncio.Queue[Inbound] = asyncio.Queue(maxsize=8)
+        self._refused: dict[str, int] = {}
+        self._log = structlog.get_logger()
+        link.on(topics.release(region), self._offered)
+
+    async def _offered(self, inbound: Inbound) -> None:
+        if self._offers.full():
+            self._offers.get_nowait()  # a release carries everything on offer, so only the newest ones matter
+        self._offers.put_nowait(inbound)
+
+    async def run(self, moved: Callable[[], None]) -> None:
+        """Mount what served before, then follow offers; ends only by cancellation."""
+        shelf = self._shelf()
+        wanted = list(shelf.values())
+        while True:
+            moved()
+            wanted = await self._work(wanted, moved)
+            try:
+                offer = await asyncio.wait_for(self._offers.get(), RETRY_S if wanted else TICK_S)
+            except TimeoutError:
+                continue
+            wanted = await self._verified(offer, wanted)
+
+    async def _verified(self, offer: Inbound, wanted: list[Manifest]) -> list[Manifest]:
+        """The manifests on offer that are new here; an offer that does not verify leaves everything as it is."""
+        try:
+            release = decode(offer.payload, Release)
+            manifests = await asyncio.to_thread(self._corridor.metadata.verify, release)
+        except ApplianceError as error:
+            self._log.error("release_refused", reason=error.reason, what=str(error))
+            await self._tell("release_refused", {"reason": error.reason, "what": str(error)})
+            return wanted
+        serving = self._serving.versions()
+        fresh = [
+            manifest
+            for manifest in manifests
+            if serving.get(manifest.model_id) != manifest.version and self._refused.get(manifest.model_id) != manifest.token
+        ]
+        names = {manifest.model_id for manifest in fresh}
+        return [manifest for manifest in wanted if manifest.model_id not in names] + fresh
+
+    async def _work(self, wanted: list[Manifest], moved: Callable[[], None]) -> list[Manifest]:
+        """Try each wanted release once; those that wait for the world are returned to be tried again."""
+        later: list[Manifest] = []
+        for manifest in wanted:
+            moved()
+            bound = self._log.bind(model=manifest.model_id, version=manifest.version)
+            try:
+                await self._install(manifest, moved)
+            except TheirsError as error:
+                self._refused[manifest.model_id] = manifest.token
+                bound.error("model_refused", reason=error.reason, what=str(error))
+                await self._tell(
+                    "model_refused", {"model": manifest.model_id, "version": manifest.version, "reason": error.reason, "what": str(error)}
+                )
+            except ApplianceError as error:
+                bound.debug("model_deferred", reason=error.reason, what=str(error))
+                later.append(manifest)
+            else:
+                await self._tell("model_mounted", {"model": manifest.model_id, "version": manifest.version})
+        return later
+
+    async def _install(self, manifest: Manifest, moved: Callable[[], None]) -> None:
+        admitted = self._fence().admit(manifest.model_id, manifest.token, fingerprint(manifest))
+        platform = self._platform(manifest)
+        await asyncio.to_thread(self._corridor.depot.save, FENCE_FILE, admitted.pack())
+        artifact = manifest.compiled_artifacts[platform]
+        path = await Pull(self._link, self._corridor.depot, self._clock, self._topic, artifact, moved=moved).run()
+        key = await self._trusting.data_key(artifact.container_sha256)
+        opened = await asyncio.to_thread(self._corridor.weights.open, path, artifact, key)
+        descriptors = [opened]
+
+        def weights() -> int:
+            return descriptors.pop() if descriptors else self._corridor.weights.open(path, artifact, key)
+
+        await self._serving.mount(manifest, platform, weights)
+        await asyncio.to_thread(self._keep, manifest)
+
+    def _platform(self, manifest: Manifest) -> Platform:
+        needed = manifest.edge_constraints.min_vram_gb
+        present = self._corridor.board.read().memory_total_bytes / GIB
+        if present < needed:
+            raise TheirsError("too_large", f"needs {needed:g} GiB of memory, this board has {present:.1f}", where=manifest.model_id)
+        for platform in PREFERENCE:
+            if platform in manifest.compiled_artifacts:
+                return platform
+        raise TheirsError("platform", f"compiled for {', '.join(manifest.compiled_artifacts)} only", where=manifest.model_id)
+
+    def _keep(self, manifest: Manifest) -> None:
+        """Remember what serves; drop the ciphertext that nothing refers to any more."""
+        shelf = self._shelf()
+        before = shelf.get(manifest.model_id)
+        shelf[manifest.model_id] = manifest
+        self._corridor.depot.save(SHELF_FILE, msgspec.json.encode([encode(kept).decode() for kept in shelf.values()]))
+        used = {artifact.container_sha256 for kept in shelf.values() for artifact in kept.compiled_artifacts.values()}
+        for artifact in before.compiled_artifacts.values() if before else ():
+            if artifact.container_sha256 not in used:
+                self._corridor.depot.drop(artifact.container_sha256)
+                self._corridor.depot.forget(f"key-{artifact.container_sha256[:32]}.json")
+
+    def _shelf(self) -> dict[str, Manifest]:
+        kept = self._corridor.depot.load(SHELF_FILE)
+        manifests = [decode(text.encode(), Manifest) for text in msgspec.json.decode(kept, type=list[str])] if kept else []
+        return {manifest.model_id: manifest for manifest in manifests}
+
+    def _fence(self) -> Fence:
+        kept = self._corridor.depot.load(FENCE_FILE)
+        return unpack(kept) if kept else Fence()

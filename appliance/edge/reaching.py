@@ -1,0 +1,129 @@
+"""Reaching: the heartbeat of this device, what it tells upstream, and how well it is connected.
+
+The verdict on the link is the simplest that is honest until the detector of issue 5 takes over: HEALTHY while the broker's session is up,
+DEGRADED for the first `partition_s` seconds without it, then PARTITIONED.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from appliance.contract import topics
+from appliance.contract.codec import encode
+from appliance.contract.errors import ApplianceError
+from appliance.contract.vitals import BoardReading, Event, Vitals
+from appliance.contract.vocabulary import LinkState
+from appliance.edge.serving import Serving
+from appliance.edge.tally import Tally
+from appliance.ports import Board, Clock, Link
+
+PARTITION_S = 15.0
+"""Three missed heartbeats of 5 s: the fixed time-out that facts/detector.md gives as the baseline."""
+EVENTS_KEPT = 256
+TICK_S = 0.5
+
+
+class Reaching:
+    """Vitals and events on their way to the region."""
+
+    def __init__(
+        self,
+        link: Link,
+        clock: Clock,
+        board: Board,
+        serving: Serving,
+        tally: Tally,
+        *,
+        region: str,
+        device: str,
+        heartbeat_s: float,
+        changed: Callable[[LinkState], None],
+    ) -> None:
+        self._link = link
+        self._clock = clock
+        self._board = board
+        self._serving = serving
+        self._tally = tally
+        self._region = region
+        self._device = device
+        self._heartbeat_s = heartbeat_s
+        self._changed = changed
+        self._started = clock.monotonic()
+        self._seq = 0
+        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._event_seq = 0
+        self._up_at = clock.monotonic()
+        self._log = structlog.get_logger()
+        self.state = LinkState.DEGRADED
+        changed(self.state)
+
+    def vitals(self) -> Vitals:
+        """The vitals now; `seq` is that of the last heartbeat."""
+        reading = self._reading()
+        rate, p50, p99 = self._tally.recent()
+        versions = self._serving.versions()
+        model = min(versions, default="")
+        return Vitals(
+            device=self._device,
+            seq=self._seq,
+            interval_s=self._heartbeat_s,
+            uptime_s=self._clock.monotonic() - self._started,
+            mode=self._serving.mode,
+            link=self.state,
+            model=model,
+            model_version=versions.get(model, ""),
+            answered=self._tally.answered_total,
+            failed=self._tally.failed_total,
+            rate_per_s=rate,
+            p50_ms=p50,
+            p99_ms=p99,
+            temperature_c=reading.hottest_c,
+            memory_used_bytes=reading.memory_total_bytes - reading.memory_available_bytes,
+            memory_total_bytes=reading.memory_total_bytes,
+            rotations=self._link.rotations,
+        )
+
+    def _reading(self) -> BoardReading:
+        return self._board.read()
+
+    async def tell(self, what: str, fields: dict[str, str]) -> None:
+        """Queue an event for the region; the oldest of `EVENTS_KEPT` falls out while disconnected (issue 5 makes this durable)."""
+        self._event_seq += 1
+        self._events.append(Event(device=self._device, seq=self._event_seq, at=self._clock.wall(), what=what, fields=fields))
+
+    async def run(self, moved: Callable[[], None]) -> None:
+        """Beat, tell, judge the link; ends only by cancellation."""
+        due = self._clock.monotonic()
+        while True:
+            moved()
+            self._judge()
+            if self._link.connected:
+                if self._clock.monotonic() >= due:
+                    self._seq += 1
+                    due = self._clock.monotonic() + self._heartbeat_s
+                    await self._send(topics.vitals(self._region, self._device), encode(self.vitals()))
+                while self._events and await self._send(topics.event(self._region, self._device), encode(self._events[0])):
+                    self._events.popleft()
+            await asyncio.sleep(TICK_S)
+
+    async def _send(self, topic: str, payload: bytes) -> bool:
+        try:
+            await self._link.publish(topic, payload)
+        except ApplianceError as error:
+            self._log.debug("not_delivered", topic=topic, reason=error.reason)
+            return False
+        return True
+
+    def _judge(self) -> None:
+        now = self._clock.monotonic()
+        if self._link.connected:
+            self._up_at = now
+            state = LinkState.HEALTHY
+        else:
+            state = LinkState.PARTITIONED if now - self._up_at >= PARTITION_S else LinkState.DEGRADED
+        if state is not self.state:
+            self._log.info("link_changed", before=self.state, after=state)
+            self.state = state
+            self._changed(state)

@@ -1,0 +1,103 @@
+"""What an operator may set on a device: one TOML file, usually /etc/appliance/device.toml. Defaults fit a real device."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from appliance.contract.settings import LABEL, PATH, Log, Section, Watchdog
+
+
+class Device(Section, frozen=True, kw_only=True):
+    """Who this device is and where it keeps its things."""
+
+    name: Annotated[str, Meta(pattern=LABEL, description="The device's name, unique in its region: a DNS label")]
+    region: Annotated[str, Meta(pattern=LABEL, description="The region that this device belongs to: a DNS label")]
+    state_dir: Annotated[str, Meta(pattern=PATH, description="Ciphertext models, enrolment and the outbox; survives reboots")] = (
+        "/var/lib/appliance"
+    )
+    runtime_dir: Annotated[str, Meta(pattern=PATH, description="Sockets; emptied at each start")] = "/run/appliance"
+
+
+class Serve(Section, frozen=True, kw_only=True):
+    """The local API and the batcher behind it."""
+
+    host: Annotated[str, Meta(min_length=1, description="Address of the local API; anything but loopback opens it to the network")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Meta(ge=0, le=65_535, description="TCP port of the local API; 0 takes any free one")] = 8000
+    socket: Annotated[str, Meta(description="Unix socket of the local API; a bare name lies in device.runtime_dir, empty for none")] = (
+        "api.sock"
+    )
+    workers: Annotated[int, Meta(ge=1, le=32, description="Child processes that run models")] = 1
+    threads: Annotated[int, Meta(ge=0, le=128, description="Threads per worker; 0 shares the processors among the workers")] = 0
+    max_batch: Annotated[int, Meta(ge=1, le=256, description="Most requests in one batch")] = 8
+    fill_wait_ms: Annotated[float, Meta(ge=0, le=10, description="Longest wait for a batch to fill, in milliseconds")] = 10.0
+    backlog_factor: Annotated[float, Meta(ge=1, le=64, description="Requests are refused above this many batches in waiting")] = 2.0
+    batch_deadline_s: Annotated[float, Meta(ge=0.1, le=600, description="A batch that runs longer costs its worker, in seconds")] = 10.0
+    body_limit_mib: Annotated[int, Meta(ge=1, le=1024, description="Largest request body, in MiB")] = 32
+    drain_s: Annotated[
+        float, Meta(ge=0, le=8, description="Time for answers in flight at SIGTERM, in seconds; the unit kills after 10")
+    ] = 4.0
+
+
+class Reach(Section, frozen=True, kw_only=True):
+    """The way to the region's broker."""
+
+    broker_host: Annotated[str, Meta(min_length=1, description="Host of the region's MQTT broker")]
+    broker_port: Annotated[int, Meta(ge=1, le=65_535, description="Its TLS port")] = 8883
+    heartbeat_s: Annotated[float, Meta(ge=0.2, le=300, description="Interval of vitals, in seconds")] = 5.0
+    ask_timeout_s: Annotated[float, Meta(ge=0.1, le=120, description="Longest wait for an answer of the region, in seconds")] = 5.0
+    retry_cap_s: Annotated[float, Meta(ge=0.5, le=600, description="Longest pause between attempts to connect, in seconds")] = 30.0
+
+
+class Trust(Section, frozen=True, kw_only=True):
+    """Identity, TPM and signed metadata."""
+
+    trust_domain: Annotated[str, Meta(pattern=r"^[a-z0-9._-]{1,255}\Z", description="SPIFFE trust domain of device, region and cloud")]
+    workload_api: Annotated[str, Meta(pattern="^(unix|tcp):", description="SPIFFE Workload API endpoint")] = "unix:/run/spire/agent.sock"
+    tcti: Annotated[str, Meta(pattern=r"^[a-z]+(:.*)?\Z", description="TPM, as a TCTI string of tpm2-tss")] = "device:/dev/tpmrm0"
+    tuf_root: Annotated[
+        str, Meta(pattern=PATH, description="First root of the signed metadata (TUF root.json), put there at the factory")
+    ] = "/etc/appliance/root.json"
+    reattest_s: Annotated[float, Meta(ge=5, le=86_400, description="Interval of proof to the region, in seconds")] = 3600.0
+
+
+class Board(Section, frozen=True, kw_only=True):
+    """Which sensors to read."""
+
+    kind: Annotated[Literal["generic", "sim", "jetson"], Meta(description="Where board readings come from")] = "generic"
+
+
+class Sim(Section, frozen=True, kw_only=True):
+    """The simulated board, used only if board.kind is "sim"; defaults are near an Orin Nano Super (synthetic, not measured)."""
+
+    control: Annotated[str, Meta(description='JSON file that injects heat and memory, such as {"watts": 20}; empty for none')] = ""
+    replay: Annotated[str, Meta(description="A recorded tegrastats log to replay instead of the model; empty for none")] = ""
+    ambient_c: Annotated[float, Meta(ge=-40, le=85, description="Air temperature, in degrees Celsius")] = 25.0
+    idle_w: Annotated[float, Meta(ge=0, le=200, description="Power at rest, in watts")] = 5.0
+    busy_w: Annotated[float, Meta(ge=0, le=200, description="Power that full load adds at full clock, in watts")] = 16.5
+    resistance_k_per_w: Annotated[float, Meta(ge=0.05, le=20, description="Thermal resistance to the air, in kelvin per watt")] = 1.4
+    capacity_j_per_k: Annotated[float, Meta(ge=0.1, le=5000, description="Heat capacity, in joule per kelvin")] = 60.0
+    throttle_c: Annotated[float, Meta(ge=30, le=120, description="Above this the clock steps down, in degrees Celsius")] = 99.0
+    memory_mib: Annotated[int, Meta(ge=256, le=1_048_576, description="Memory of the board, in MiB")] = 7_607
+    resting_mib: Annotated[int, Meta(ge=0, le=1_048_576, description="Memory in use at rest, in MiB")] = 519
+
+    def __post_init__(self) -> None:
+        """Hold the fields against each other."""
+        if self.throttle_c <= self.ambient_c:
+            raise ValueError("throttle_c must be above ambient_c")
+        if self.resting_mib >= self.memory_mib:
+            raise ValueError("resting_mib must be below memory_mib")
+
+
+class Edge(Section, frozen=True, kw_only=True):
+    """The whole file of a device."""
+
+    device: Device
+    serve: Serve = Serve()
+    reach: Reach
+    trust: Trust
+    board: Board = Board()
+    sim: Sim = Sim()
+    log: Log = Log()
+    watchdog: Watchdog = Watchdog()

@@ -1,0 +1,248 @@
+"""The lab: one machine plays a whole fleet on real parts, reads shelf labels through it, and takes everything down again."""
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from appliance.adapters.tpm import EsysTpm
+from appliance.contract import identities
+from appliance.contract.errors import WorldError
+from appliance.lab import softtpm
+from appliance.lab.authority import Authority, Workload
+from appliance.lab.broker import Broker
+from appliance.lab.reference import Reference
+from appliance.lab.site import Site, toml
+from appliance.lab.stream import Stream
+from appliance.lab.units import Unit, free_port
+from appliance.lab.workload_api import WorkloadApi
+
+REGION = "lab"
+MODEL = "label-reader"
+CARD = """\
+model_id = "label-reader"
+version = "4.0.0"
+min_vram_gb = 0.25
+max_batch_size = 8
+target_latency_ms = 50.0
+"""
+READY_TIMEOUT_S = 60.0
+SVID_TTL_S = 40.0
+"""Short, so that a minute of `make run` shows a rotation (at half life)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What the operator asked for."""
+
+    devices: int
+    model: Path
+    rate_per_s: float
+    seed: int = 1
+    say: Callable[[str], None] = lambda _text: None
+
+
+@dataclass(slots=True)
+class Device:
+    """One device of the lab: its processes, its socket, and the labels that it reads."""
+
+    name: str
+    unit: Unit
+    tpm: Unit
+    socket: Path
+    stream: Stream
+    task: "asyncio.Task[None] | None" = None
+
+    async def status(self) -> dict[str, object] | None:
+        """What the device says of itself now; None if it does not answer."""
+        with contextlib.suppress(OSError, ValueError, asyncio.TimeoutError):
+            async with asyncio.timeout(1.0):
+                reader, writer = await asyncio.open_unix_connection(str(self.socket))
+                writer.write(b"GET /status HTTP/1.0\r\nHost: lab\r\nConnection: close\r\n\r\n")
+                await writer.drain()
+                reply = await reader.read(65_536)
+                writer.close()
+            head, _, body = reply.partition(b"\r\n\r\n")
+            if b" 200 " in head.split(b"\r\n", 1)[0]:
+                found: dict[str, object] = json.loads(body)
+                return found
+        return None
+
+
+@dataclass(slots=True)
+class Lab:
+    """Everything that runs. Use `open` in an AsyncExitStack; what it starts, the stack stops."""
+
+    site: Site
+    plan: Plan
+    stack: contextlib.AsyncExitStack
+    port: int = 0
+    devices: list[Device] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+    exits: list[tuple[str, int]] = field(default_factory=list)
+
+    async def open(self) -> None:
+        """Start broker, cloud, region and devices, in this order, and wait until each is ready. Raises: WorldError."""
+        say, site = self.plan.say, self.site
+        say("identities: a certificate authority in memory, and a Workload API socket for each process")
+        authority = Authority(ttl_s=SVID_TTL_S)
+        api = WorkloadApi(authority, site.folder("id"))
+        api.start()
+        self.stack.callback(api.stop)
+        self.port = free_port()
+        say(f"broker: mosquitto with mutual TLS on port {self.port}")
+        broker = await self._broker(authority)
+        cloud_id = Workload(identities.cloud(), identities.CLOUD)
+        say("cloud: seals and signs the model")
+        await self._cloud(api.register(cloud_id))
+        region_id = Workload(identities.aggregator(REGION), identities.region_user(REGION))
+        say("region: attests devices, relays releases")
+        await self._region(api.register(region_id))
+        reference = Reference(self.plan.model)
+        for number in range(1, self.plan.devices + 1):
+            name = _name(number)
+            say(f"{name}: a software TPM is manufactured and measured, then the daemon starts")
+            address = api.register(Workload(identities.device(REGION, name), identities.device_user(name)))
+            await self._device(name, number, address, reference)
+        self.stack.push_async_callback(_cancelled, asyncio.create_task(self._rotate(broker)))
+        for device in self.devices:
+            say(f"{device.name}: enrols, proves its state, pulls {MODEL}, opens it")
+            await self._serving(device)
+            device.task = asyncio.create_task(device.stream.run())
+            self.stack.push_async_callback(_cancelled, device.task)
+
+    def _unit(self, name: str, command: list[str], *, notify: bool = True, fds: tuple[int, ...] = (), **environment: str) -> Unit:
+        unit = Unit(name, command, self.site.folder("log"), notify=notify, fds=fds, environment=environment)
+        unit.on_exit = lambda who, code: self.exits.append((who, code))
+        self.units.append(unit)
+        self.stack.push_async_callback(unit.stop)
+        return unit
+
+    async def _broker(self, authority: Authority) -> tuple[Broker, Unit]:
+        workload = Workload(identities.broker(REGION), identities.BROKER)
+        broker = Broker(
+            self.site.folder("broker"), self.port, region=REGION, root_pem=authority.root_pem, issue=lambda: authority.issue(workload)
+        )
+        broker.prepare()
+        self.stack.callback(broker.close)
+        unit = self._unit("broker", broker.command(), notify=False, fds=broker.fds)
+        await unit.start()
+        await _listening(self.port, unit)
+        return broker, unit
+
+    async def _rotate(self, running: tuple[Broker, Unit]) -> None:
+        broker, unit = running
+        while True:
+            await asyncio.sleep(SVID_TTL_S / 3)
+            if unit.pid is not None:
+                await asyncio.to_thread(broker.rotate, unit.pid)
+
+    async def _daemon(self, name: str, verb: str, sections: dict[str, dict[str, object]]) -> Unit:
+        config = self.site.folder(name) / "settings.toml"
+        config.write_text(toml(sections))
+        unit = self._unit(name, [sys.executable, "-m", "appliance", verb, "--config", str(config)])
+        await unit.start(READY_TIMEOUT_S)
+        return unit
+
+    async def _cloud(self, address: str) -> None:
+        home = self.site.folder("cloud")
+        models = self.site.folder("cloud", "models")
+        folder = self.site.folder("cloud", "models", MODEL)
+        (folder / "model.onnx").write_bytes(await asyncio.to_thread(self.plan.model.read_bytes))
+        (folder / "model.toml").write_text(CARD)
+        sections: dict[str, dict[str, object]] = {
+            "cloud": {"regions": [REGION], "state_dir": home / "state", "runtime_dir": home / "run", "models_dir": models},
+            "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "retry_cap_s": 2.0},
+            "trust": {"trust_domain": identities.TRUST_DOMAIN, "workload_api": address, "keys_dir": home / "keys"},
+        }
+        await self._daemon("cloud", "cloud", sections)
+
+    async def _region(self, address: str) -> None:
+        home = self.site.folder("region")
+        roots = self.site.folder("region", "ek-roots")
+        maker = self.site.folder("maker")
+        for number in range(1, self.plan.devices + 1):
+            name = _name(number)
+            await asyncio.to_thread(softtpm.manufacture, self.site.folder(name, "chip"), name, maker=maker)
+        for number, der in enumerate(await asyncio.to_thread(softtpm.roots, maker)):
+            (roots / f"{number}.der").write_bytes(der)
+        sections: dict[str, dict[str, object]] = {
+            "region": {"name": REGION, "state_dir": home / "state", "runtime_dir": home / "run"},
+            "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "retry_cap_s": 2.0},
+            "trust": {
+                "trust_domain": identities.TRUST_DOMAIN,
+                "workload_api": address,
+                "ek_roots": roots,
+                "keys_dir": home / "keys",
+                "tuf_root": self.site.path / "cloud" / "state" / "root.json",
+                "trust_on_first_use": True,
+            },
+        }
+        await self._daemon("region", "region", sections)
+
+    async def _device(self, name: str, number: int, address: str, reference: Reference) -> None:
+        home = self.site.folder(name)
+        port = softtpm.free_port()
+        tpm = self._unit(f"{name}-tpm", softtpm.command(self.site.folder(name, "chip"), port), notify=False)
+        await tpm.start()
+        await _listening(port + 1, tpm)
+        await _boot(port)
+        socket = home / "run" / "api.sock"
+        sections: dict[str, dict[str, object]] = {
+            "device": {"name": name, "region": REGION, "state_dir": home / "state", "runtime_dir": home / "run"},
+            "serve": {"port": 0, "socket": "api.sock", "threads": 1},
+            "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "heartbeat_s": 2.0, "retry_cap_s": 2.0},
+            "trust": {
+                "trust_domain": identities.TRUST_DOMAIN,
+                "workload_api": address,
+                "tcti": softtpm.tcti(port),
+                "tuf_root": self.site.path / "cloud" / "state" / "root.json",
+            },
+            "board": {"kind": "sim"},
+        }
+        unit = await self._daemon(name, "run", sections)
+        stream = Stream(
+            f"unix:{socket}", MODEL, reference, rate_per_s=self.plan.rate_per_s, callers=4, seed=self.plan.seed * 1_000 + number
+        )
+        self.devices.append(Device(name, unit, tpm, socket, stream))
+
+    async def _serving(self, device: Device) -> None:
+        """Wait until the model is mounted. Raises: WorldError (`not_serving`) with the end of the device's log."""
+        for _ in range(int(READY_TIMEOUT_S / 0.2)):
+            status = await device.status()
+            if status is not None and status.get("model_version"):
+                return
+            await asyncio.sleep(0.2)
+        raise WorldError("not_serving", f"no model after {READY_TIMEOUT_S:g} s\n{device.unit.tail()}", where=device.name)
+
+
+def _name(number: int) -> str:
+    return f"dev-{number:03d}"
+
+
+async def _boot(port: int) -> None:
+    """What firmware and boot loader would do on a real board: measure what boots."""
+    tpm = EsysTpm(softtpm.tcti(port))
+    try:
+        await softtpm.measured_boot(tpm, "appliance 0.1.0")
+    finally:
+        await tpm.close()
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _listening(port: int, unit: Unit, timeout_s: float = 10.0) -> None:
+    """Wait for a port. Raises: WorldError (`unit`)."""
+    for _ in range(int(timeout_s / 0.05)):
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            return
+        await asyncio.sleep(0.05)
+    raise WorldError("unit", f"does not listen on port {port}\n{unit.tail()}", where=unit.name)

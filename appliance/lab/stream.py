@@ -1,0 +1,117 @@
+"""The main job: a stream of shelf labels is sent to one device, and every reading is held against the truth and against onnxruntime in-process."""
+
+import asyncio
+import random
+import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from appliance.client.images import tensor_of
+from appliance.client.labels import LabelReader
+from appliance.client.sync import Appliance
+from appliance.contract.errors import ApplianceError
+from appliance.lab.labels import draw
+from appliance.lab.reference import Reference
+
+WINDOW_S = 10.0
+ATTEMPTS = 40
+ATTEMPT_PAUSE_S = 0.1
+EXAMPLES = 5
+
+
+@dataclass(slots=True)
+class Score:
+    """What became of the labels so far. Latencies in milliseconds, of requests that were answered."""
+
+    labels: int = 0
+    exact: int = 0
+    differing: int = 0
+    failed: int = 0
+    retried: int = 0
+    latencies_ms: list[float] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[tuple[str, str]] = field(default_factory=list)
+    recent: deque[tuple[float, float, bool]] = field(default_factory=deque)
+
+    def window(self) -> tuple[float, float | None, float | None, float | None]:
+        """Labels per second, p50 ms, p99 ms and success rate of the last `WINDOW_S` seconds."""
+        now = time.monotonic()
+        while self.recent and now - self.recent[0][0] > WINDOW_S:
+            self.recent.popleft()
+        answered = sorted(ms for _, ms, ok in self.recent if ok)
+        if not self.recent:
+            return 0.0, None, None, None
+        rate = len(answered) / WINDOW_S
+        success = len(answered) / len(self.recent)
+        return rate, percentile(answered, 0.5), percentile(answered, 0.99), success
+
+
+def percentile(ordered: list[float], share: float) -> float | None:
+    """The value below which `share` of the sorted values lie; None of nothing."""
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
+
+
+class Stream:
+    """Draws labels at `rate_per_s` and reads them through the device's Unix socket with `callers` at once."""
+
+    def __init__(self, socket: str, model: str, reference: Reference, *, rate_per_s: float, callers: int, seed: int) -> None:
+        self.score = Score()
+        self._socket = socket
+        self._model = model
+        self._reference = reference
+        self._rate_per_s = rate_per_s
+        self._callers = callers
+        self._rng = random.Random(seed)  # noqa: S311 - labels must be the same at each run, secrecy is no concern
+
+    async def run(self) -> None:
+        """Send labels at the rate until cancelled; a slow device is not asked faster than it answers."""
+        loop = asyncio.get_running_loop()
+        places = asyncio.Semaphore(self._callers)
+        with ThreadPoolExecutor(self._callers, thread_name_prefix="caller") as pool:
+            async with asyncio.TaskGroup() as group:
+                due = loop.time()
+                while True:
+                    await places.acquire()
+                    seed = self._rng.random()
+                    work = loop.run_in_executor(pool, self._read, seed)
+                    group.create_task(self._settle(work, places))
+                    due = max(due + 1 / self._rate_per_s, loop.time())
+                    await asyncio.sleep(due - loop.time())
+
+    async def _settle(self, work: "asyncio.Future[None]", places: asyncio.Semaphore) -> None:
+        try:
+            await work
+        finally:
+            places.release()
+
+    def _read(self, seed: float) -> None:
+        """Draw, ask (again where the device says so), compare; in a caller's thread."""
+        label = draw(random.Random(seed))  # noqa: S311 - see above
+        started = time.monotonic()
+        score = self.score
+        for attempt in range(ATTEMPTS):
+            try:
+                with Appliance(self._socket) as client:
+                    started = time.monotonic()
+                    reading = LabelReader(client, self._model).read(label.image)
+                break
+            except ApplianceError as error:
+                score.reasons[error.reason] += 1
+                if error.reason not in {"busy", "unreachable"} or attempt == ATTEMPTS - 1:
+                    score.failed += 1
+                    score.recent.append((time.monotonic(), 0.0, False))
+                    return
+                score.retried += 1
+                time.sleep(error.retry_after_s or ATTEMPT_PAUSE_S)
+        spent_ms = (time.monotonic() - started) * 1e3
+        text, expected = reading.text.strip(), label.text.strip()
+        score.labels += 1
+        score.latencies_ms.append(spent_ms)
+        score.recent.append((time.monotonic(), spent_ms, True))
+        if text == expected:
+            score.exact += 1
+        elif len(score.examples) < EXAMPLES:
+            score.examples.append((expected, text))
+        if reading.text != self._reference.read(tensor_of(label.image)):
+            score.differing += 1

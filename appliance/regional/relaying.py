@@ -1,0 +1,101 @@
+"""Relaying: takes the cloud's release, checks it as a device would, fetches the artifacts once, and only then offers it to its devices.
+
+Devices pull from the region's disk, so a slow way to the cloud is walked once and a device never waits for it.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from appliance.contract import topics
+from appliance.contract.codec import decode, encode
+from appliance.contract.errors import ApplianceError, TheirsError
+from appliance.contract.models import ChunkAsk, CompiledArtifact, Manifest, RegionKey, RegionKeyAsk, Release
+from appliance.core.trust.envelope import region_public, unwrap_for_region
+from appliance.daily.pulling import Pull
+from appliance.ports import Clock, Depot, Inbound, Link, Metadata
+
+RELEASE_FILE = "release.json"
+RETRY_S = 2.0
+TICK_S = 0.5
+
+
+class Relaying:
+    """The newest good release, and the data keys of its artifacts (in memory only).
+
+    `secret`: the region's X25519 private key (32 bytes), under which the cloud sends data keys.
+    """
+
+    def __init__(
+        self, link: Link, clock: Clock, depot: Depot, metadata: Metadata, *, region: str, secret: bytes, ask_timeout_s: float
+    ) -> None:
+        self._link = link
+        self._clock = clock
+        self._depot = depot
+        self._metadata = metadata
+        self._region = region
+        self._secret = secret
+        self._ask_timeout_s = ask_timeout_s
+        self._offers: asyncio.Queue[bytes] = asyncio.Queue(maxsize=8)
+        self._artifacts: dict[str, CompiledArtifact] = {}
+        self._keys: dict[str, bytes] = {}
+        self._log = structlog.get_logger()
+        link.on(topics.upstream_release(region), self._offered)
+        link.serve(f"v1/{region}/d/+/up/ask/chunk", self._chunk)
+
+    @property
+    def keys(self) -> Mapping[str, bytes]:
+        """Data keys by container hash, as far as the cloud has sent them."""
+        return self._keys
+
+    async def _offered(self, inbound: Inbound) -> None:
+        if self._offers.full():
+            self._offers.get_nowait()
+        self._offers.put_nowait(inbound.payload)
+
+    async def _chunk(self, inbound: Inbound) -> bytes:
+        ask = decode(inbound.payload, ChunkAsk)
+        if ask.artifact not in self._artifacts:
+            raise TheirsError("unknown_artifact", "this region does not offer that artifact", where=ask.artifact[:64])
+        return await asyncio.to_thread(self._depot.read, ask.artifact, ask.index)
+
+    async def run(self, moved: Callable[[], None]) -> None:
+        """Offer what was offered before, then follow the cloud; ends only by cancellation."""
+        pending = await asyncio.to_thread(self._depot.load, RELEASE_FILE)
+        while True:
+            moved()
+            if pending is not None and await self._relay(pending, moved):
+                pending = None
+            try:
+                pending = await asyncio.wait_for(self._offers.get(), RETRY_S if pending else TICK_S)
+            except TimeoutError:
+                continue
+
+    async def _relay(self, payload: bytes, moved: Callable[[], None]) -> bool:
+        """Verify, fetch, publish. False: the world failed, try again."""
+        try:
+            release = decode(payload, Release)
+            manifests = await asyncio.to_thread(self._metadata.verify, release)
+            for manifest in manifests:
+                await self._fetch(manifest, moved)
+            await self._link.publish(topics.release(self._region), encode(release), retain=True)
+        except TheirsError as error:
+            self._log.error("release_refused", reason=error.reason, what=str(error))
+            return True
+        except ApplianceError as error:
+            self._log.debug("release_deferred", reason=error.reason, what=str(error))
+            return False
+        await asyncio.to_thread(self._depot.save, RELEASE_FILE, payload)
+        self._log.info("release_relayed", models=[f"{manifest.model_id}@{manifest.version}" for manifest in manifests])
+        return True
+
+    async def _fetch(self, manifest: Manifest, moved: Callable[[], None]) -> None:
+        for artifact in manifest.compiled_artifacts.values():
+            name = artifact.container_sha256
+            await Pull(self._link, self._depot, self._clock, topics.upstream_chunk(self._region), artifact, moved=moved).run()
+            if name not in self._keys:
+                ask = RegionKeyAsk(artifact=name, public=region_public(self._secret))
+                answer = await self._link.ask(topics.upstream_key(self._region), encode(ask), timeout_s=self._ask_timeout_s)
+                self._keys[name] = unwrap_for_region(decode(answer, RegionKey), name, self._secret)
+            self._artifacts[name] = artifact

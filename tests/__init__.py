@@ -1,0 +1,1 @@
+"""The tests; `tests.fakes` holds the fakes of ports."""

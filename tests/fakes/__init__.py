@@ -1,0 +1,1 @@
+"""Fakes of ports, for tests of the loops."""

@@ -1,0 +1,59 @@
+"""A desk that doubles: what the ingress talks to in its tests, with errors on demand."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from appliance.contract.admission import check
+from appliance.contract.errors import ApplianceError, TheirsError
+from appliance.contract.inference import Answer, Request, Signature, TensorSpec
+from appliance.contract.vocabulary import Datatype, Mode, Platform
+from appliance.ports import ModelCard
+
+SIGNATURE = Signature(
+    Platform.ONNX,
+    (TensorSpec("x", Datatype.FP32, (-1, 4)),),
+    (TensorSpec("y", Datatype.FP32, (-1, 4)),),
+    {"character": "a\nb"},
+)
+
+
+class DoublingDesk:
+    """Answers y = 2x, raises `error` if set, waits for `gate` if set, and sets `left` when a caller has left."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.gate: asyncio.Event | None = None
+        self.left = asyncio.Event()
+        self.is_ready = True
+
+    def live(self) -> bool:
+        return True
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def why_not_ready(self) -> str:
+        return "" if self.is_ready else "no model yet"
+
+    def models(self) -> Sequence[str]:
+        return ["double"]
+
+    def describe(self, model: str, version: str) -> ModelCard:
+        if model != "double" or version not in {"", "1"}:
+            raise TheirsError("unknown_model", f"no model is called {model!r}", remedy="models here: double")
+        return ModelCard(model, ("1",), SIGNATURE, ready=True, max_batch=8)
+
+    async def infer(self, request: Request) -> Answer:
+        self.describe(request.model, request.version)
+        check(request, SIGNATURE, 8)
+        if self.gate is not None:
+            try:
+                await self.gate.wait()
+            except asyncio.CancelledError:
+                self.left.set()
+                raise
+        if isinstance(self.error, ApplianceError | RuntimeError):
+            raise self.error
+        return Answer(request.id, request.model, "1", {"y": np.asarray(request.inputs["x"]) * np.float32(2)}, Mode.FULL)
