@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from appliance.lab.table import row, table
 EXACT_FLOOR = 0.92
 """The share of labels that must be read exactly; the recogniser reads more than 95 % of this stream (docs/own-model.md)."""
 REFRESH_S = 1.0
+LOG_COLUMNS = 160
 ROTATES_WITHIN_S = 45.0
 REPORT = Path("build/reports/run.json")
 
@@ -36,7 +38,7 @@ REPORT = Path("build/reports/run.json")
 @click.option("--remove", is_flag=True, help="Remove the directory at the end.")
 def lab(devices: int, run_for: float | None, rate: float, model: Path, state: Path | None, *, remove: bool) -> None:
     """Run a whole fleet on this machine."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     site = claim(state)
     started = time.monotonic()
 

@@ -234,6 +234,15 @@ def _read_book(state: State) -> _Book:
 
 def _read_model(folder: Path) -> _Model:
     card = _read_card(folder / CARD)
+    try:
+        files = _model_files(folder)
+        hashes = {platform: _hash(path) for platform, path in files.items()}
+    except OSError as error:
+        raise WorldError("disk", str(error), where=str(folder)) from error
+    return _Model(card, files, hashes)
+
+
+def _model_files(folder: Path) -> dict[Platform, Path]:
     files: dict[Platform, Path] = {}
     for path in sorted(folder.iterdir()):
         platform = SUFFIXES.get(path.suffix)
@@ -248,11 +257,7 @@ def _read_model(folder: Path) -> _Model:
         raise TheirsError(
             "model", "there is no model file beside it", where=str(folder / CARD), remedy=f"add one of {', '.join(sorted(SUFFIXES))}"
         )
-    try:
-        hashes = {platform: _hash(path) for platform, path in files.items()}
-    except OSError as error:
-        raise WorldError("disk", str(error), where=str(folder)) from error
-    return _Model(card, files, hashes)
+    return files
 
 
 def _read_card(path: Path) -> ModelCard:

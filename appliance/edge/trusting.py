@@ -21,6 +21,8 @@ from appliance.ports import Clock, Depot, Link, SealedKey, Tpm
 ENROLMENT_FILE = "enrolment.json"
 RETRY_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 TICK_S = 1.0
+AGAIN = frozenset({"nonce", "expired", "ticket", "no_challenge", "policy_changed", "internal"})
+"""Refusals that say nothing of this device: the region restarted, or an answer came too late. It asks again and keeps its key."""
 
 
 class Trusting:
@@ -113,7 +115,7 @@ class Trusting:
 
     def _note(self, error: TheirsError | WorldError, *, first: bool) -> None:
         """Log once on the way down; a rejection drops the key, a silence does not."""
-        if isinstance(error, TheirsError):
+        if isinstance(error, TheirsError) and error.reason not in AGAIN:
             self._kek = None
             if error.reason == "unknown_device":
                 self._depot.save(ENROLMENT_FILE + ".old", self._depot.load(ENROLMENT_FILE) or b"")

@@ -53,6 +53,7 @@ class Attesting:
         self._enrolments: dict[str, Enrolment] = {}
         self._attestations: dict[str, Attestation] = {}
         self._attested: set[str] = set()
+        self._locks: dict[str, asyncio.Lock] = {}
         self._log = structlog.get_logger()
         asks: dict[str, Callable[[str, bytes], Message]] = {
             "enrol": self._enrol,
@@ -68,7 +69,8 @@ class Attesting:
         async def serve(inbound: Inbound) -> bytes:
             device = inbound.topic.split("/")[3]
             try:
-                return encode(await asyncio.to_thread(answer, device, inbound.payload))
+                async with self._locks.setdefault(device, asyncio.Lock()):  # a nonce is spent once, also by two at the same time
+                    return encode(await asyncio.to_thread(answer, device, inbound.payload))
             except TheirsError as error:
                 self._log.warning("device_refused", device=device, asked=word, reason=error.reason, what=str(error))
                 raise

@@ -63,8 +63,12 @@ class Relaying:
     async def run(self, moved: Callable[[], None]) -> None:
         """Offer what was offered before, then follow the cloud; ends only by cancellation."""
         pending = await asyncio.to_thread(self._depot.load, RELEASE_FILE)
+        up = False
         while True:
             moved()
+            if self._link.connected and not up:  # a broker that died may have lost what it retained
+                pending = pending or await asyncio.to_thread(self._depot.load, RELEASE_FILE)
+            up = self._link.connected
             if pending is not None and await self._relay(pending, moved):
                 pending = None
             try:

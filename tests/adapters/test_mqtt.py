@@ -272,6 +272,24 @@ async def test_rotations_lose_nothing() -> None:
     assert min(len(up), len(down), asked) > 100
 
 
+async def test_a_rotation_waits_for_running_handlers(region: PrivateRegion) -> None:
+    """What is being handled when the SVID is renewed is finished and acknowledged first, so the broker does not bring it twice."""
+    handled: list[bytes] = []
+
+    async def slow(message: Inbound) -> None:
+        await asyncio.sleep(0.2)
+        handled.append(message.payload)
+
+    async with region.link(JETSON) as link, region.link(AGGREGATOR, ("on", ALL_VITALS, slow)) as aggregator:
+        await link.publish(VITALS, b"1")
+        region.api.renew(AGGREGATOR.spiffe_id)
+        await asyncio.sleep(0.05)
+        await link.publish(VITALS, b"2")
+        await until(lambda: aggregator.rotations == 1 and len(handled) == 2)
+        await asyncio.sleep(0.3)
+    assert handled == [b"1", b"2"]
+
+
 @pytest.mark.slow
 async def test_short_lived_svids_are_followed_without_help(region: PrivateRegion) -> None:
     """SVIDs of 2 s, renewed at half: the link moves on by itself and no publish fails."""

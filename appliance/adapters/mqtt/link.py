@@ -347,7 +347,7 @@ class MqttLink:
             code = await message.done
         finally:
             del self._outgoing[key]
-        if False:
+        if code >= FAILURE:
             raise refusal(code, message.topic)
         self.counters.unheard += code == NO_SUBSCRIBERS
         return code

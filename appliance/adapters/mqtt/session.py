@@ -33,7 +33,7 @@ NO_SUBSCRIBERS = 0x10
 """A PUBACK's reason code: taken, but nobody subscribes to the topic."""
 _OVERHEAD = 1024
 """Bytes of a PUBLISH beside topic and payload: header and the few properties that we set."""
-_SILENT = logging.Logger("paho", logging.CRITICAL + 1)
+_SILENT = logging.Logger("paho", logging.CRITICAL + 1)  # noqa: LOG001 - unregistered on purpose: it silences only our own client
 """Paho tells of each failed read; the link tells of changes."""
 _CLOSE_S = 1.0
 """How long a DISCONNECT may take before the socket is simply closed."""

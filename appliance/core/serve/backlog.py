@@ -37,7 +37,8 @@ RETRY_UNMEASURED_S = 0.05
 RETRY_MIN_S = 0.001
 RETRY_MAX_S = 1.0
 _GAP_WEIGHT = 0.2
-_GAP_MAX_S = 1.0
+_GAP_MIN_S, _GAP_MAX_S = 1e-5, 1.0
+"""The usual gap between arrivals: a mean of gaps cut at twice the mean, so that the pause between two bursts does not hide the bursts."""
 
 
 class Admitted(NamedTuple, Generic[T]):
@@ -117,7 +118,8 @@ class Backlog(Generic[T]):
         ticket = self._next = self._next + 1
         due = deadline - self.pace.seconds(size) if self.pace else deadline
         line.insert(Entry(ticket, item, size, shape, priority, now, deadline, rank), due)
-        self.gap_s += _GAP_WEIGHT * (min(now - self.last_arrival, _GAP_MAX_S) - self.gap_s)
+        gap = min(now - self.last_arrival, 2 * self.gap_s)
+        self.gap_s = min(max(self.gap_s + _GAP_WEIGHT * (gap - self.gap_s), _GAP_MIN_S), _GAP_MAX_S)
         self.last_arrival = now
         return Admitted(ticket, displaced)
 

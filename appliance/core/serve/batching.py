@@ -9,7 +9,8 @@ Call `backlog.expire(now)` before it, and it again on each arrival, each return 
    samples; nothing of another shape waits; and the next arrival, expected after the mean gap g, saves more worker time than the
    n samples that wait lose together: n x g < L(n) + L(1) - L(n + 1). A caller that asks one at a time has g >= L(1), and
    L(1) >= L(1) + L(1) - L(2): it never waits, on any hardware.
-3. A wait ends after `fill_wait_s`, after a silence of `SILENCE_GAPS` mean gaps, or when going on would miss a deadline.
+3. A wait ends after `fill_wait_s`, after a silence of `SILENCE_GAPS` mean gaps (counted from when the worker became idle: its answers are what
+   makes callers in a closed loop ask again), or when going on would miss a deadline.
 4. The batch is the pace's, cut by `limit`. The head always goes, whole, even if it alone is larger.
 5. Where the backend has fixed batch sizes, the rest is filled by repeating the first entry (the highest rank); else nothing is padded.
 """
@@ -111,7 +112,8 @@ class Batcher:
             return -inf
         if self._idle_since is None:
             self._idle_since = now
-        until = min(self._idle_since + self._fill_wait_s, backlog.last_arrival + SILENCE_GAPS * backlog.gap_s)
+        silent_since = max(self._idle_since, backlog.last_arrival)
+        until = min(self._idle_since + self._fill_wait_s, silent_since + SILENCE_GAPS * backlog.gap_s)
         due = backlog.deadline()
         return until if due is None else min(until, due + pace.seconds(1) - pace.seconds(target))
 

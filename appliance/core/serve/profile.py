@@ -5,10 +5,10 @@ API: `Profile(max_batch, board=None, cost={mode: ModelCost})`; `.observe(mode, b
 
 1. Per mode and batch size: the median of the first `FIRST` measurements (a warm-up outlier among them does no harm), then a mean with weight
    `WEIGHT` of samples clipped to half and twice the estimate: one wild sample moves it by at most `WEIGHT`, a real change by a
-   factor of three is followed within about 12 batches, and the estimate never leaves the range of what was seen.
+   factor of three is followed within about 20 batches, and the estimate never leaves the range of what was seen.
 2. Between measured sizes: linear. Below the smallest and above the largest: the roofline's shape scaled to the nearest measurement;
    without a board, in proportion above and constant below (both on the slow side). Never falling with the batch size.
-3. The batch for a latency: of those within it, the smallest that reaches `KNEE` of the best throughput. On a CPU whose batch of 8 gives
+3. The batch for a latency: of the warm-up sizes within it, the smallest that reaches `KNEE` of the best throughput. On a CPU whose batch of 8 gives
    0.96x the throughput at 8x the latency (measured: PP-OCRv4, one thread) that is 1; for a small model on the same CPU (4.5x) it is 8.
 4. A request may find a batch running: the pace aims for batches that take at most half of the SLO.
 """
@@ -99,7 +99,7 @@ class Profile:
     def batch_for(self, mode: Mode, target_latency_s: float) -> int:
         """The batch size to aim for under a latency; 1 if nothing is known or even one sample is slower."""
         table = self._table(mode, self._max_batch)
-        return best_batch(table, target_latency_s) if table else 1
+        return best_batch(table, target_latency_s, self.warmup_batches()) if table else 1
 
     def pays(self, mode: Mode, batch: int) -> bool:
         """Whether measurement, not a guess, says that this batch has at least `GAIN` times the throughput of single samples."""
@@ -111,7 +111,7 @@ class Profile:
         table = self._table(mode, self._max_batch)
         if not table:
             return None
-        batch = best_batch(table, slo_s / 2)
+        batch = best_batch(table, slo_s / 2, self.warmup_batches())
         return Pace(tuple(table), batch, workers, self.measured(mode, 1) and self.measured(mode, batch))
 
     def explain(self) -> list[str]:
@@ -168,8 +168,8 @@ class Profile:
         return near_s * shape
 
 
-def best_batch(table: Sequence[float], target_latency_s: float) -> int:
-    """The smallest size within the latency that reaches `KNEE` of the best throughput there; 1 if none is within it."""
-    within = [size for size in range(1, len(table)) if table[size] <= target_latency_s]
+def best_batch(table: Sequence[float], target_latency_s: float, sizes: Sequence[int]) -> int:
+    """The smallest of `sizes` within the latency that reaches `KNEE` of the best throughput among them; 1 if none is within it."""
+    within = [size for size in sizes if table[size] <= target_latency_s]
     best = max((size / table[size] for size in within), default=0.0)
     return next((size for size in within if size / table[size] >= KNEE * best), 1)

@@ -6,7 +6,9 @@ now)` after each batch; `.grow(now)` at `.deadline()`; each returns `Limit(batch
 1. A batch at clock ratio r takes 1/r of the time: below `SLOW` the limit is at most floor(ceiling x r), at once.
 2. Late batches (longer than the budget, half of the SLO as in `profile`) `LATE_IN_A_ROW` times halve the limit. Batches that started before the last cut
    prove nothing about it. A batch of one cannot be cut.
-3. After `recover_s` without a cut the limit grows by one, up to what the clock allows (additive increase, multiplicative decrease).
+   If the last change was growth, it was one step too far: only that step is taken back, and the wait for the next doubles up to `recover_max_s`.
+3. After `recover_s` without a cut the limit grows by one, up to what the clock allows (additive increase, multiplicative decrease); a step that
+   lasted until the next, or a faster clock, makes the wait short again.
 4. 1 <= limit <= ceiling, always.
 """
 
@@ -59,7 +61,7 @@ class Limit:
 class ThermalLimit:
     """The limit of one model. `ceiling` is its largest batch, `budget_s` the longest that a batch should take."""
 
-    def __init__(self, ceiling: int, budget_s: float, *, recover_s: float = 1.0) -> None:
+    def __init__(self, ceiling: int, budget_s: float, *, recover_s: float = 1.0, recover_max_s: float = 60.0) -> None:
         if ceiling < 1 or budget_s <= 0:
             raise OursError("thermal", f"ceiling {ceiling}, budget {budget_s} s: both must be above 0")
         self.limit = ceiling
@@ -67,6 +69,9 @@ class ThermalLimit:
         self._ceiling = ceiling
         self._budget_s = budget_s
         self._recover_s = recover_s
+        self._recover_max_s = recover_max_s
+        self._wait_s = recover_s
+        self._grown = False
         self._allowed = ceiling
         self._changed = -inf
         self._late = 0
@@ -75,7 +80,10 @@ class ThermalLimit:
         """Take the present clock ratio in (rule 1)."""
         if ratio is None:
             return None
-        self._allowed = self._ceiling if ratio >= SLOW else max(1, int(self._ceiling * ratio))
+        allowed = self._ceiling if ratio >= SLOW else max(1, int(self._ceiling * ratio))
+        if allowed > self._allowed:
+            self._wait_s = self._recover_s
+        self._allowed = allowed
         if self.limit <= self._allowed:
             return None
         return self._set(self._allowed, Change.CUT, f"clock at {ratio:.0%} of its cap", now)
@@ -88,23 +96,30 @@ class ThermalLimit:
         self._late = self._late + 1 if took > self._budget_s else 0
         if self._late < LATE_IN_A_ROW or min(samples, self.limit) == 1:
             return None
-        return self._set(min(samples, self.limit) // 2, Change.CUT, f"{samples} samples took {took * 1e3:.0f} ms", now)
+        target = min(samples, self.limit) // 2
+        if self._grown and samples >= self.limit:
+            target = self.limit - 1
+            self._wait_s = min(2 * self._wait_s, self._recover_max_s)
+        return self._set(target, Change.CUT, f"{samples} samples took {took * 1e3:.0f} ms", now)
 
     def grow(self, now: float) -> Limit | None:
         """Grow by one if it is time (rule 3)."""
         due = self.deadline()
         if due is None or now < due:
             return None
+        if self._grown:
+            self._wait_s = self._recover_s
         grown = self.limit + 1
         return self._set(grown, Change.FILLED if grown == self._ceiling else Change.GREW, "recovering", now)
 
     def deadline(self) -> float | None:
         """When `grow` will do something; None if the limit is as large as the clock allows."""
-        return self._changed + self._recover_s if self.limit < self._allowed else None
+        return self._changed + self._wait_s if self.limit < self._allowed else None
 
     def _set(self, batch: int, change: Change, why: str, now: float) -> Limit:
         state = TRANSITIONS.get((self.state, change))
         if state is None:
             raise OursError("thermal", f"{change.name} is no event of state {self.state}")
         self.state, self.limit, self._changed, self._late = state, batch, now, 0
+        self._grown = change is not Change.CUT
         return Limit(batch, why)

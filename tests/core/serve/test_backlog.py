@@ -223,7 +223,7 @@ def test_hint_is_positive_bounded_and_grows_with_the_backlog(busy: float, waitin
         backlog.offer(str(index), 0.0)
         hints.append(backlog.retry_after_s(0.0))
     assert hints == sorted(hints)
-    assert 0.001 <= hints[0]
+    assert hints[0] >= 0.001
     assert hints[-1] <= 1.0
 
 
@@ -247,7 +247,7 @@ class BacklogMachine(RuleBasedStateMachine):
         patience=st.none() | st.floats(0, 3),
         caller=st.none() | st.integers(0, 2),
     )
-    def offer(self, wait: float, size: int, shape: int, priority: int, patience: float | None, caller: int | None) -> None:
+    def offer(self, *, wait: float, size: int, shape: int, priority: int, patience: float | None, caller: int | None) -> None:
         self.now += wait
         self.count += 1
         size = min(size, self.backlog.max_batch)

@@ -80,7 +80,7 @@ def test_time_does_not_go_back() -> None:
     """An earlier time raises and changes nothing."""
     machine = Degradation(ALL)
     machine.observe(Severity.HIGH, "", 5.0)
-    with pytest.raises(OursError, match="time went from 5.0 to 4.0"):
+    with pytest.raises(OursError, match=r"time went from 5\.0 to 4\.0"):
         machine.observe(Severity.CRITICAL, "", 4.0)
     assert machine.mode is Mode.FULL
     assert machine.deadline() == 7.0

@@ -1,6 +1,7 @@
 """The promises of pressure: the right part wins, nothing unmeasured counts, severities do not flicker."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -120,7 +121,7 @@ def test_changes_of_severity_are_bounded_by_the_variation_of_the_value(values: l
     seen = [Severity.CALM, *(gauges.observe({"memory": Level(value, "")}).severity for value in values)]
     variation = sum(abs(after - before) for before, after in zip([0.0, *values], values, strict=False))
     for severity, band in BANDS.items():
-        changes = sum((before >= severity) != (after >= severity) for before, after in zip(seen, seen[1:], strict=False))
+        changes = sum((before >= severity) != (after >= severity) for before, after in pairwise(seen))
         assert changes <= variation / (band.enter - band.leave) + 1 + 1e-9
 
 

@@ -46,7 +46,7 @@ def test_every_shipped_board_loads_and_names_the_source_of_its_numbers(path: Pat
 
 def test_the_promised_boards_are_there() -> None:
     """Five Orins, Thor, and a plain PC."""
-    assert [path.stem for path in BOARDS] == [
+    assert sorted(path.stem for path in BOARDS) == [
         "agx-orin-32gb", "agx-orin-64gb", "generic-x86", "orin-nano-8gb", "orin-nano-8gb-super", "orin-nx-16gb", "thor-t5000",
     ]  # fmt: skip
 
@@ -79,7 +79,10 @@ def test_a_guess_grows_with_the_batch_and_costs_less_per_sample(path: Path, flop
 
 def test_a_faster_board_guesses_faster() -> None:
     """Nano, Nano Super, AGX 64 and Thor in this order, for a model that computes and for one that moves."""
-    for cost in (ModelCost(flops=1e12, weight_bytes=0, activation_bytes=0, precision="fp16"), ModelCost(flops=0, weight_bytes=1e10, activation_bytes=0)):
+    for cost in (
+        ModelCost(flops=1e12, weight_bytes=0, activation_bytes=0, precision="fp16"),
+        ModelCost(flops=0, weight_bytes=1e10, activation_bytes=0),
+    ):
         names = ["orin-nano-8gb", "orin-nano-8gb-super", "agx-orin-64gb", "thor-t5000"]
         guesses = [roofline_s(load(BOARDS[0].parent / f"{name}.toml"), cost, 1) for name in names]
         assert guesses == sorted(guesses, reverse=True)
@@ -115,12 +118,12 @@ def test_one_wild_sample_moves_an_estimate_by_a_tenth_at_most(samples: list[floa
 
 
 def test_a_slow_first_run_is_forgotten_and_a_real_change_is_followed() -> None:
-    """A warm-up of 100x leaves no trace in five samples; a slowdown by three is followed in 15 batches."""
+    """A warm-up of 100x leaves no trace in five samples; a slowdown by three is followed in 22 batches."""
     estimate = Estimate()
     for sample in [1.0, 0.01, 0.01, 0.01, 0.01]:
         estimate.observe(sample)
     assert estimate.value == 0.01
-    for _ in range(15):
+    for _ in range(22):
         estimate.observe(0.03)
     assert estimate.value > 0.027
 
@@ -129,7 +132,7 @@ def test_a_new_pace_is_asked_for_only_when_the_estimate_moved() -> None:
     """Steady batches ask once; a change by 10 % asks again."""
     profile = Profile(8)
     assert [profile.observe(Mode.FULL, 1, 0.01) for _ in range(20)] == [True] + [False] * 19
-    assert any([profile.observe(Mode.FULL, 1, 0.011) for _ in range(20)])
+    assert any(profile.observe(Mode.FULL, 1, 0.011) for _ in range(20))
 
 
 @given(st.dictionaries(st.integers(1, 16), LATENCY, max_size=6), st.booleans())
@@ -170,9 +173,9 @@ def test_the_measured_models_get_the_batches_that_they_deserve() -> None:
 @given(st.lists(LATENCY, min_size=1, max_size=16).map(sorted), LATENCY)
 def test_the_batch_for_a_latency_keeps_it_or_is_one(latencies: list[float], target: float) -> None:
     """Within the target whenever any size is, and then within 5 % of the best throughput possible."""
-    table = [0.0, *latencies]
-    batch = best_batch(table, target)
-    within = [size for size in range(1, len(table)) if table[size] <= target]
+    table, sizes = [0.0, *latencies], range(1, len(latencies) + 1)
+    batch = best_batch(table, target, sizes)
+    within = [size for size in sizes if table[size] <= target]
     if within:
         assert table[batch] <= target
         assert batch / table[batch] >= 0.95 * max(size / table[size] for size in within)
