@@ -1,11 +1,13 @@
 """A small synchronous client: the Open Inference Protocol v2 over HTTP, on TCP or on a Unix socket, tensors in binary.
 
 Errors are those of the appliance: `TheirsError` for what the caller did wrong, `WorldError` with reason `busy` (and `retry_after_s`) where asking
-again helps, `unreachable` where nobody answers. One connection, kept open; not for several threads at once.
+again helps, `unreachable` where nobody answers. An answer that breaks the protocol is a `TheirsError` (`malformed`): no other exception
+escapes. One connection, kept open; not for several threads at once.
 """
 
 import http.client
 import json
+import math
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
 
+import msgspec
 import numpy as np
 
 from appliance.contract.errors import TheirsError, WorldError
@@ -24,6 +27,24 @@ TIMEOUT_S = 30.0
 RETRYABLE = {429, 503}
 HTTP_OK = 200
 HTTP_SERVER_FAULT = 500
+DEFAULT_RETRY_S = 1.0
+LONGEST_RETRY_S = 3600.0
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+"""A whole answer is held in memory; a batch of 8 label readings is 13 MB."""
+
+
+class _Output(msgspec.Struct):
+    name: str
+    datatype: Datatype
+    shape: list[int]
+    data: list[Any] | None = None
+    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class _Answer(msgspec.Struct):
+    outputs: list[_Output]
+    model_version: str = ""
+    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -58,10 +79,14 @@ class Appliance:
         if server.startswith("unix:"):
             self._connection: http.client.HTTPConnection = _UnixConnection(server.removeprefix("unix:"), timeout_s)
             return
-        parts = urlsplit(server)
-        if parts.scheme != "http" or not parts.hostname:
+        try:
+            parts = urlsplit(server)
+            host, port = parts.hostname if parts.scheme == "http" else None, parts.port or 80
+        except ValueError:  # a port or an IPv6 address that is none
+            host, port = None, 0
+        if not host:
             raise TheirsError("server", f"{server!r} is no address", remedy="write http://host:port or unix:/path")
-        self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
+        self._connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
 
     def __enter__(self) -> Self:
         """Nothing is opened until the first call."""
@@ -83,8 +108,10 @@ class Appliance:
         """What the model takes and gives, and what its file says of itself (`parameters`). Raises: TheirsError, WorldError."""
         status, headers, body = self._exchange("GET", f"/v2/models/{quote(model, safe='')}", b"", {})
         self._check(status, headers, body)
-        found: dict[str, Any] = json.loads(body)
-        return found
+        try:
+            return msgspec.json.decode(body, type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise TheirsError("malformed", f"the model's metadata: {error}", where=self._server) from error
 
     def infer(self, model: str, inputs: Mapping[str, Array], *, parameters: Mapping[str, Any] | None = None) -> Result:
         """Ask for all outputs. `inputs` are arrays whose axis 0 is the batch.
@@ -93,23 +120,32 @@ class Appliance:
         """
         tensors, parts = [], []
         for name, array in inputs.items():
-            raw = np.ascontiguousarray(array).tobytes()
+            datatype = DATATYPES.get(array.dtype.newbyteorder("="))
+            if datatype is None:
+                raise TheirsError("datatype", f"arrays of {array.dtype} cannot be sent, only {', '.join(DATATYPES.values())}", where=name)
+            raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
             parts.append(raw)
-            tensors.append(
-                {"name": name, "shape": list(array.shape), "datatype": DATATYPES[array.dtype], "parameters": {"binary_data_size": len(raw)}}
-            )
+            tensors.append({"name": name, "shape": list(array.shape), "datatype": datatype, "parameters": {"binary_data_size": len(raw)}})
         head = json.dumps({"inputs": tensors, "parameters": {**(parameters or {}), "binary_data_output": True}}).encode()
         sent = {HEADER_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"}
         status, headers, body = self._exchange("POST", f"/v2/models/{quote(model, safe='')}/infer", b"".join((head, *parts)), sent)
         self._check(status, headers, body)
-        return _result(body, int(headers.get(HEADER_LENGTH.lower(), len(body))))
+        try:
+            return _result(body, headers.get(HEADER_LENGTH.lower()))
+        except (msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
+            raise TheirsError("malformed", f"the answer: {error}", where=self._server) from error
 
     def _exchange(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
         try:
             self._connection.request(method, path, body=body or None, headers=headers)
             response = self._connection.getresponse()
             found = {name.lower(): value for name, value in response.getheaders()}
-            return response.status, found, response.read()
+            answer = response.read(MAX_ANSWER_BYTES + 1)
+            if response.length:  # a length was announced: more than allowed, or the server went away within it
+                kept = len(answer) > MAX_ANSWER_BYTES
+                what = f"more than {MAX_ANSWER_BYTES} bytes" if kept else f"it ends {response.length} bytes early"
+                raise http.client.HTTPException(what)
+            return response.status, found, answer
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise WorldError("unreachable", f"no answer: {error}", where=self._server, remedy="is the daemon running?") from error
@@ -119,28 +155,49 @@ class Appliance:
             return
         try:
             text = str(json.loads(body)["error"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             text = f"HTTP status {status}"
         if status in RETRYABLE:
-            after_s = float(headers.get("retry-after-ms", "1000")) / 1e3
-            raise WorldError("busy", text, where=self._server, retry_after_s=after_s)
+            raise WorldError("busy", text, where=self._server, retry_after_s=_retry_after_s(headers))
         if status >= HTTP_SERVER_FAULT:
             raise WorldError("failed", text, where=self._server)
         raise TheirsError("refused", text, where=self._server)
 
 
-def _result(body: bytes, length: int) -> Result:
-    head = json.loads(body[:length])
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """Seconds until it is worth asking again: our milliseconds if given, else `Retry-After` in seconds, else one second."""
+    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            after_s = float(headers[name]) * unit_s
+        except (KeyError, ValueError):  # absent, or a date, which no server of this protocol sends
+            continue
+        if 0 <= after_s <= LONGEST_RETRY_S:
+            return after_s
+    return DEFAULT_RETRY_S
+
+
+def _result(body: bytes, length: str | None) -> Result:
+    """Parse an answer. Raises: ValueError, TypeError, OverflowError or MsgspecError that says what is wrong with it."""
+    at = len(body) if length is None else int(length)
+    if not 0 <= at <= len(body):
+        raise ValueError(f"{HEADER_LENGTH} is {at}, the body has {len(body)} bytes")
+    answer = msgspec.json.decode(body[:at], type=_Answer)
     outputs: dict[str, Array] = {}
-    at = length
-    for output in head["outputs"]:
-        dtype = DTYPES[Datatype(output["datatype"])]
-        size = output.get("parameters", {}).get("binary_data_size")
+    for output in answer.outputs:
+        dtype = DTYPES.get(output.datatype)
+        if dtype is None:
+            raise ValueError(f"output {output.name} has datatype {output.datatype}, which this client does not read")
+        size = output.parameters.get("binary_data_size")
         if size is None:
-            array = np.array(output["data"], dtype)
+            array = np.array(output.data, dtype)
         else:
-            array = np.frombuffer(body, dtype, count=size // dtype.itemsize, offset=at)
+            array = np.frombuffer(body[at : at + size], dtype.newbyteorder("<"))  # the slice copies, so the array is aligned
             at += size
-        outputs[output["name"]] = array.reshape(output["shape"])
-    parameters = head.get("parameters", {})
-    return Result(outputs, head.get("model_version", ""), str(parameters.get("mode", "")), parameters)
+        outputs[output.name] = array.reshape(_checked(output, array.size))
+    return Result(outputs, answer.model_version, str(answer.parameters.get("mode", "")), answer.parameters)
+
+
+def _checked(output: _Output, size: int) -> list[int]:
+    if min(output.shape, default=0) < 0 or math.prod(output.shape) != size:
+        raise ValueError(f"output {output.name} has {size} elements for shape {output.shape}")
+    return output.shape

@@ -63,6 +63,13 @@ def test_key_of_another_artifact_does_not_open() -> None:
         assert caught.value.reason == "unwrap"
 
 
+def test_answer_to_another_question_is_named() -> None:
+    """The error says whose key came instead: a mixed-up answer is told from a forged one."""
+    other = wrap_for_device("cd" * 32, KEY, kek=KEK, epoch=1, nonce=NONCE)
+    with pytest.raises(TheirsError, match="the key is for artifact cdcd"):
+        unwrap_for_device(other, ARTIFACT, KEK)
+
+
 def test_another_reader_cannot_open() -> None:
     """Another region, another device, and an envelope with another sender's key put into it."""
     region = wrap_for_region(RegionKeyAsk(artifact=ARTIFACT, public=region_public(PRIVATE)), KEY, EPHEMERAL)
