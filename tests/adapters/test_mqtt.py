@@ -292,10 +292,11 @@ async def test_a_rotation_waits_for_running_handlers(region: PrivateRegion) -> N
 
 @pytest.mark.slow
 async def test_short_lived_svids_are_followed_without_help(region: PrivateRegion) -> None:
-    """SVIDs of 2 s, renewed at half: the link moves on by itself and no publish fails."""
-    async with region.link(device("jetson-1", ttl_s=2.0)) as link:
+    """SVIDs of 8 s, renewed at half (a loaded machine may be seconds late): the link moves on by itself and no publish fails."""
+    async with region.link(device("jetson-1", ttl_s=8.0)) as link, asyncio.timeout(60):
         while link.rotations < 2:
-            await link.publish(VITALS, b"", timeout_s=2)
+            await link.publish(VITALS, b"", timeout_s=4)
+            await asyncio.sleep(0.01)
         assert link.counters.losses == 0
 
 
