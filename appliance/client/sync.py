@@ -140,15 +140,11 @@ class Appliance:
             self._connection.request(method, path, body=body or None, headers=headers)
             response = self._connection.getresponse()
             found = {name.lower(): value for name, value in response.getheaders()}
-            answer = response.read(MAX_ANSWER_BYTES + 1)
-            if response.length:  # a length was announced: more than allowed, or the server went away within it
-                kept = len(answer) > MAX_ANSWER_BYTES
-                what = f"more than {MAX_ANSWER_BYTES} bytes" if kept else f"it ends {response.length} bytes early"
-                raise http.client.HTTPException(what)
-            return response.status, found, answer
+            answer = _whole(response)
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise WorldError("unreachable", f"no answer: {error}", where=self._server, remedy="is the daemon running?") from error
+        return response.status, found, answer
 
     def _check(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         if status == HTTP_OK:
@@ -162,6 +158,16 @@ class Appliance:
         if status >= HTTP_SERVER_FAULT:
             raise WorldError("failed", text, where=self._server)
         raise TheirsError("refused", text, where=self._server)
+
+
+def _whole(response: http.client.HTTPResponse) -> bytes:
+    """Read the whole body. Raises: HTTPException if it is too large, or ends before its announced length."""
+    body = response.read(MAX_ANSWER_BYTES + 1)
+    if len(body) > MAX_ANSWER_BYTES:
+        raise http.client.HTTPException(f"more than {MAX_ANSWER_BYTES} bytes")
+    if response.length:
+        raise http.client.HTTPException(f"the answer ends {response.length} bytes early")
+    return body
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:
@@ -188,8 +194,12 @@ def _result(body: bytes, length: str | None) -> Result:
         if dtype is None:
             raise ValueError(f"output {output.name} has datatype {output.datatype}, which this client does not read")
         size = output.parameters.get("binary_data_size")
+        if size is None and output.data is None:
+            raise ValueError(f"output {output.name} has neither data nor a binary_data_size")
         if size is None:
             array = np.array(output.data, dtype)
+        elif not isinstance(size, int) or not 0 <= size <= len(body) - at:
+            raise ValueError(f"output {output.name} has binary_data_size {size}, {len(body) - at} bytes are left")
         else:
             array = np.frombuffer(body[at : at + size], dtype.newbyteorder("<"))  # the slice copies, so the array is aligned
             at += size
