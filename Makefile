@@ -1,6 +1,8 @@
 # The two commands: `make run` shows the whole thing on this machine, `make test` proves it.
 PYTHON := .venv/bin/python
 FAST := not slow
+# onnxruntime's telemetry is on by default; nothing that we start may have it.
+export ORT_DISABLE_TELEMETRY := 1
 LOCK := --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-find-links --no-emit-index-url
 
 .PHONY: run test check setup bench lock clean

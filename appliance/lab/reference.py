@@ -4,11 +4,11 @@ The session's options equal those of the product's worker (one thread within an 
 another number of threads may sum in another order and so change the last bit.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from appliance.contract.errors import WorldError
 from appliance.core.serve import ctc
@@ -22,6 +22,9 @@ class Reference:
 
     def __init__(self, model_path: Path) -> None:
         """Load the model; takes about half a second."""
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # it is on by default, and is read while the library is imported
+        import onnxruntime  # noqa: PLC0415 - must come after the line above
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1

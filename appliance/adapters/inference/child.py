@@ -116,7 +116,9 @@ class Child:
             os.close(told)
 
     def _run(self, ask: protocol.Run) -> None:
-        held = self._models[ask.handle]
+        held = self._models.get(ask.handle)
+        if held is None:  # unloaded while this batch waited for room
+            raise TheirsError("model", "is not loaded any more")
         memory = self._segments[ask.segment]
         inputs = {
             spec.name: tensors.view(memory, spec.datatype, shape, at)
@@ -151,8 +153,7 @@ class Child:
         try:
             work()
         except ApplianceError as error:
-            fault = "memory" if error.reason == "memory" else "model"
-            self._send(protocol.Failed(number, fault, str(error)[:_TEXT_CHARS]))
+            self._send(protocol.Failed(number, "memory" if error.reason == "memory" else "model", str(error)[:_TEXT_CHARS]))
         except MemoryError:
             self._send(protocol.Failed(number, "memory", "no memory"))
 
@@ -186,6 +187,7 @@ def main(arguments: Sequence[str]) -> None:
     fd, parent, threads = map(int, arguments)
     harden(parent)
     threading.excepthook = _die
+    os.set_inheritable(fd, False)  # a run-time that starts a helper process must not keep our socket open
     with socket.socket(fileno=fd) as sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
         Child(sock, threads).serve()
 

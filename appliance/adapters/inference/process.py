@@ -26,13 +26,19 @@ from appliance.adapters.inference.exchange import Exchange, Form
 from appliance.adapters.inference.lanes import Lane, Pending
 from appliance.adapters.inference.limits import Limits
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
-from appliance.contract.inference import Array, Signature
+from appliance.contract.inference import DTYPES, Array, Signature
 from appliance.contract.vocabulary import Platform
 
 _MODULE = "appliance.adapters.inference.child"
 _ROOT = str(Path(__file__).parents[3])
 _SIGNATURE_BYTES = 16_777_216
 """Metadata is at most 1 MiB, and JSON may escape a byte into six; the rest is names."""
+
+_ENVIRONMENT = {
+    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime >= 1.29 else reports models' names and hashes to its maker, and keeps a database in ~/.cache
+    "OMP_NUM_THREADS": "1",  # numpy must not start thread pools of its own
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 OnLost = Callable[[str, tuple[str, ...]], None]
 
@@ -68,8 +74,7 @@ class Process:
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.setblocking(False)
         try:
-            self._popen = _start(theirs.fileno(), threads)
-            self._pidfd = os.pidfd_open(self._popen.pid)
+            self._popen, self._pidfd = _start(theirs.fileno(), threads)
         except OSError as error:
             self._sock.close()
             raise WorldError("worker_lost", f"no process could be started: {error}", where="inference child") from error
@@ -111,10 +116,13 @@ class Process:
         """Return when the model's memory is given back. Raises: WorldError (`worker_lost`)."""
         await self._aside(lambda number: protocol.Unload(number, handle))
 
-    async def run(self, handle: int, model: str, form: Form, batch: tuple[Mapping[str, Array], Sequence[str]]) -> dict[str, Array]:
-        """Run a checked batch: its inputs, and the names of the wanted outputs.
+    async def run(
+        self, handle: int, model: str, form: Form, batch: tuple[Mapping[str, Array], Sequence[str]]
+    ) -> asyncio.Future[dict[str, Array]]:
+        """Send a checked batch (its inputs, and the names of the wanted outputs) and return the future of its outputs.
 
-        Raises: TheirsError (`model`, `oversized`), WorldError (`memory`, `worker_lost`).
+        The future raises TheirsError (`model`, `oversized`), WorldError (`memory`, `worker_lost`).
+        Raises: the last three.
         """
         parcel = await self.exchange.put(form, *batch)
         pending = Pending(next(self._ids), model, self._limits.batch_deadline_s, self._loop.create_future(), parcel)
@@ -122,8 +130,7 @@ class Process:
             pending.id, handle, parcel.region.segment.number, parcel.room_at, parcel.room_bytes, parcel.wanted, parcel.places
         )
         self._post(ask)
-        outputs: dict[str, Array] = await self._batches.add(pending)
-        return outputs
+        return self._batches.add(pending)
 
     def measure(self) -> None:
         """Ask the child for its memory, if it is idle; `pss_bytes` changes when it answers."""
@@ -190,12 +197,14 @@ class Process:
                 self._fail(message)
             case protocol.Measured():
                 self.pss_bytes = message.pss_bytes
-                _settle(self._batches.take(message.id), None)
+                _settle(_without_parcel(self._batches.take(message.id)), None)
             case protocol.Hello():
-                _settle(self._loads.take(message.id), None)
+                _settle(self._loads.take(0), None)
 
     def _finish(self, done: protocol.Done, fd: int | None) -> None:
         pending = self._batches.take(done.id)
+        if pending.parcel is None:
+            raise OursError("protocol", f"{done.id} was no batch")
         self.busy_ns += done.busy_ns
         try:
             if not pending.future.done():
@@ -244,11 +253,24 @@ class Process:
         self._reaped.set()
 
 
-def _start(fd: int, threads: int) -> subprocess.Popen[bytes]:
-    """Start the child without its daemon's standard streams but stderr; numpy is kept from starting thread pools of its own."""
-    environment = os.environ | {"PYTHONPATH": _ROOT, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+def _start(fd: int, threads: int) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the child without its daemon's standard streams but stderr."""
+    search = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": search} | _ENVIRONMENT
     command = [sys.executable, "-P", "-m", _MODULE, str(fd), str(os.getpid()), str(threads)]
-    return subprocess.Popen(command, pass_fds=(fd,), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+    popen = subprocess.Popen(command, pass_fds=(fd,), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+    try:
+        return popen, os.pidfd_open(popen.pid)
+    except OSError:
+        popen.kill()
+        popen.wait()
+        raise
+
+
+def _without_parcel(pending: Pending) -> Pending:
+    if pending.parcel is not None:
+        raise OursError("protocol", f"{pending.id} was a batch")
+    return pending
 
 
 def _settle(pending: Pending, result: object) -> None:
@@ -264,12 +286,19 @@ def _signature(fd: int | None) -> Signature:
     if fd is None:
         raise OursError("protocol", "a signature came without its descriptor")
     try:
-        return msgspec.json.decode(os.pread(fd, _SIGNATURE_BYTES, 0), type=Signature)
+        signature = msgspec.json.decode(os.pread(fd, _SIGNATURE_BYTES, 0), type=Signature)
     except msgspec.MsgspecError as error:
         raise OursError("protocol", str(error)) from error
+    if any(spec.datatype not in DTYPES for spec in signature.inputs + signature.outputs):
+        raise OursError("protocol", "a signature has elements without a fixed size")
+    return signature
 
 
 def _lost() -> WorldError:
     return WorldError(
-        "worker_lost", "the process was lost while it worked; a new one takes over", where="inference child", remedy="try again"
+        "worker_lost",
+        "the process was lost while it worked; a new one takes over",
+        where="inference child",
+        remedy="try again",
+        retry_after_s=1.0,
     )

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -86,10 +86,10 @@ class Loaded(msgspec.Struct, tag="loaded", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """To the daemon: a load or a batch failed. `fault` is `model` or `memory`."""
+    """To the daemon: a load or a batch failed."""
 
     id: int
-    fault: str
+    fault: Literal["model", "memory"]
     text: str
 
 

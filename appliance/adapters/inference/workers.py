@@ -1,217 +1,173 @@
-"""The pool of child processes that run models: port `Engine`.
+"""The inference engine: a pool of child processes, several models each, and the port `Engine` over it.
 
-1. Every worker holds every model; a batch goes to the worker that has the least in flight.
-2. A lost child fails its batches with `worker_lost` at once and is replaced; the replacement loads all models before it is given work.
-3. While no worker is up, `run` waits `wait_s` for one and then fails with `worker_lost`, which is worth trying again.
-4. Replacement is at once within the restart budget, and delayed beyond it. A model that kills two children in a row while loading is
-   left out until it is loaded anew: the others come back.
+1. Every child holds a copy of every model; a batch goes to the one that is least busy. Batches of one child run one after the other.
+2. A batch is checked against the model's signature before a child hears of it.
+3. When a child is lost, its batches in flight fail with `worker_lost` and are never repeated here: whether a request may run twice is
+   its caller's to know. Batches that come while all children are being replaced wait for one, at most `reload_wait_s`.
+4. A key that is loaded again is replaced: the old model serves until the new one is loaded everywhere.
 """
 
 import asyncio
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Self
 
 import structlog
 
 from appliance.adapters.inference import tensors
-from appliance.adapters.inference.changes import Change, Lost, Parked, Restored
-from appliance.adapters.inference.exchange import Form
-from appliance.adapters.inference.limits import Limits, RestartBudget
-from appliance.adapters.inference.process import Process
-from appliance.contract.errors import ApplianceError, TheirsError, WorldError
-from appliance.contract.inference import Array
+from appliance.adapters.inference.changes import Change, Lost, Parked, Restored, WorkerStats
+from appliance.adapters.inference.limits import Limits
+from appliance.adapters.inference.worker import Copy, Worker
+from appliance.contract.errors import TheirsError, WorldError
+from appliance.contract.inference import Array, Signature
 from appliance.contract.vocabulary import Platform
 from appliance.ports import LoadedModel
 
-LOAD_TRIES = 2
+_log = structlog.get_logger(__name__)
+_DEFAULT = Limits()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Model:
-    """One model that every worker should hold. `weights` gives a fresh descriptor at each load."""
+    """One model, and its copies by worker."""
 
-    handle: int
-    key: str
-    platform: Platform
-    weights: Callable[[], int]
-    form: Form | None = None
-    deaths: int = 0
-
-
-@dataclass(slots=True)
-class _Worker:
-    """One place in the pool, and the process that fills it now."""
-
-    number: int
-    budget: RestartBudget
-    process: Process | None = None
-    up: bool = False
-    lost: "asyncio.Event" = field(default_factory=asyncio.Event)
+    signature: Signature
+    copies: Sequence[tuple[Copy, Worker]]
 
 
 class Workers:
-    """`size` children with `threads` each. `on_change` hears of losses and replacements; limits beyond the deadline have defaults."""
+    """Implements `Engine` with `size` children of `threads` threads each; the bounds are in `limits`, `batch_deadline_s` overrides one.
+
+    Children start with the first load, or on entering (`async with`). `on_change` hears every loss, restoration and
+    parking, in the event loop. Use it in one event loop, whose thread lives as long as the engine.
+    """
 
     def __init__(
         self,
-        *,
         size: int = 1,
         threads: int = 1,
-        batch_deadline_s: float = 10.0,
-        wait_s: float = 2.0,
+        *,
+        batch_deadline_s: float | None = None,
+        limits: Limits = _DEFAULT,
         on_change: Callable[[Change], None] | None = None,
     ) -> None:
-        self._limits = Limits(batch_deadline_s=batch_deadline_s)
+        self._size = size
         self._threads = threads
-        self._wait_s = wait_s
-        self._on_change = on_change or (lambda _change: None)
-        self._workers = [_Worker(number, RestartBudget(self._limits)) for number in range(size)]
-        self._models: dict[str, _Model] = {}
+        self._limits = limits if batch_deadline_s is None else replace(limits, batch_deadline_s=batch_deadline_s)
+        self._on_change = on_change
         self._handles = itertools.count(1)
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._up = asyncio.Condition()
+        self._workers: list[Worker] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._models: dict[str, _Model] = {}
         self._closed = False
-        self._log = structlog.get_logger()
+
+    async def __aenter__(self) -> Self:
+        """Start the children, so that their imports are done when the first model comes."""
+        self._open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        await self.close()
 
     async def load(self, key: str, platform: Platform, weights: Callable[[], int]) -> LoadedModel:
-        """Load a model into every worker. Raises: TheirsError (`model`), WorldError (`worker_lost`, `memory`); nothing is kept then."""
-        model = _Model(next(self._handles), key, platform, weights)
-        for worker in self._workers:
-            await self._started(worker)
+        """Load a model into every child; one that has the same key is replaced when that is done, and stays if it fails.
+
+        `weights` is called in a thread, once per child and again when a child is replaced.
+        Raises: TheirsError (`model`: the file is not loadable), WorldError (`memory`, `worker_lost`), and what `weights` raises.
+        """
+        self._open()
+        loop = asyncio.get_running_loop()
+        copies = [(Copy(key, next(self._handles), platform, weights, loop.create_future()), worker) for worker in self._workers]
         try:
-            for worker in self._workers:
-                await self._load_into(worker, model)
-        except ApplianceError:
-            await self._forget(model)
+            for copy, worker in copies:  # one by one: what kills a child should kill only the first
+                signature = await worker.load(copy)
+        except BaseException:
+            await _forget(copies)
             raise
         before = self._models.get(key)
-        self._models[key] = model
+        self._models[key] = _Model(signature, copies)
         if before is not None:
-            await self._forget(before)
-        if model.form is None:
-            raise WorldError("worker_lost", "no worker loaded the model", where=key)
-        return LoadedModel(key, model.form.signature)
+            await _forget(before.copies)
+        return LoadedModel(key, signature)
 
     async def run(self, key: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Run one batch. Raises: TheirsError (`model`, `unknown_model`, or what is wrong with an input), WorldError (`worker_lost`)."""
+        """Run one batch; empty `outputs` means all. The arrays returned are the caller's own.
+
+        Raises: TheirsError (`unknown_model`, `malformed`, `model`, `oversized`), WorldError (`memory`, `worker_lost`).
+        """
         model = self._models.get(key)
-        if model is None or model.form is None:
-            raise TheirsError("unknown_model", "no such model is loaded", where=key)
-        tensors.check(model.form.signature, inputs, outputs)
-        process = await self._free()
-        wanted = outputs or [spec.name for spec in model.form.signature.outputs]
-        return await process.run(model.handle, key, model.form, (inputs, wanted))
+        if model is None:
+            raise TheirsError("unknown_model", "is not loaded", where=f"model {key!r}")
+        tensors.check(model.signature, inputs, outputs)
+        copy, worker = min(model.copies, key=_reluctance)
+        if copy.process is None:
+            self._open()
+        return await worker.run(copy, inputs, outputs)
 
     async def unload(self, key: str) -> None:
-        """Forget a model and give its memory back."""
+        """Forget a model and return its memory; batches that are in flight are answered. Not an error if it is unknown."""
         model = self._models.pop(key, None)
         if model is not None:
-            await self._forget(model)
+            await _forget(model.copies)
 
     def pids(self) -> list[int]:
-        """The process ids of the children that are up."""
-        return [worker.process.pid for worker in self._workers if worker.process is not None and worker.up]
+        """The process ids of the children that live now."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    def stats(self) -> tuple[WorkerStats, ...]:
+        """Each child's memory, work and models now, for metrics; takes some 50 us, waits for nothing."""
+        return tuple(worker.stats() for worker in self._workers)
 
     async def close(self) -> None:
-        """Kill all children; nothing is left of them."""
+        """Kill all children, drain nothing, and return when no process and no descriptor is left."""
         self._closed = True
-        for task in self._tasks.values():
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        for worker in self._workers:
-            if worker.process is not None:
-                worker.process.kill("closed")
-                await worker.process.reaped()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.close() for worker in self._workers))
+        self._models.clear()
 
-    async def _free(self) -> Process:
-        async with self._up:
-            try:
-                await asyncio.wait_for(self._up.wait_for(lambda: any(worker.up for worker in self._workers)), self._wait_s)
-            except TimeoutError:
-                raise WorldError(
-                    "worker_lost", "no inference process is up", where="inference", remedy="try again in a second", retry_after_s=1.0
-                ) from None
-            running = [worker.process for worker in self._workers if worker.up and worker.process is not None]
-            return min(running, key=lambda process: process.in_flight)
+    def _open(self) -> None:
+        """Start what is not started. Raises: WorldError (`worker_lost`) after `close`, and what broke a supervisor."""
+        if self._closed:
+            raise WorldError("worker_lost", "is closed", where="inference engine")
+        if not self._workers:
+            self._workers = [Worker(number, self._threads, self._limits, self._tell) for number in range(self._size)]
+            self._tasks = [asyncio.create_task(worker.supervise(), name=f"inference-{n}") for n, worker in enumerate(self._workers)]
+        for task in self._tasks:
+            if task.done():
+                task.result()
 
-    async def _started(self, worker: _Worker) -> None:
-        """Make sure that the place is filled; a place that is being refilled is waited for."""
-        task = self._tasks.get(worker.number)
-        if worker.process is None and task is None:
-            await self._fill(worker)
-        elif task is not None and not task.done():
-            await asyncio.wait([task])
+    def _tell(self, change: Change) -> None:
+        match change:
+            case Lost():
+                _log.warning(
+                    "inference_child_lost",
+                    worker=change.worker,
+                    pid=change.pid,
+                    cause=change.cause,
+                    busy=change.busy,
+                    delay_s=change.delay_s,
+                )
+            case Restored():
+                _log.info(
+                    "inference_child_restored", worker=change.worker, pid=change.pid, models=change.models, took_s=round(change.took_s, 3)
+                )
+            case Parked():
+                _log.error(
+                    "model_parked", worker=change.worker, model=change.model, reason=change.reason, what=change.what, retry_s=change.retry_s
+                )
+        if self._on_change is not None:
+            self._on_change(change)
 
-    async def _fill(self, worker: _Worker) -> None:
-        """Start a process, load what every worker holds, and open the place. Raises: WorldError (`worker_lost`)."""
-        worker.process = process = Process(self._limits, self._threads, lambda cause, busy: self._lost(worker, cause, busy))
-        await process.hello()
-        for model in tuple(self._models.values()):
-            if model.deaths < LOAD_TRIES:
-                await self._load_into(worker, model)
-        async with self._up:
-            worker.up = process.alive
-            self._up.notify_all()
 
-    async def _load_into(self, worker: _Worker, model: _Model) -> None:
-        process = worker.process
-        if process is None or not process.alive:
-            raise WorldError("worker_lost", "the inference process ended", where=model.key, retry_after_s=1.0)
-        fd = await asyncio.to_thread(model.weights)
-        try:
-            report = await process.load(model.handle, model.key, model.platform, fd)
-        except WorldError:
-            model.deaths += 0 if process.alive else 1
-            raise
-        finally:
-            os.close(fd)
-        model.deaths = 0
-        if model.form is None:
-            model.form = Form(report.signature)
+def _reluctance(place: tuple[Copy, Worker]) -> tuple[int, int]:
+    """Order copies: loaded ones first, then those worth waiting for, then parked ones; the least busy first."""
+    copy, worker = place
+    return (0 if copy.process is not None else 1 if copy.error is None else 2), worker.busy
 
-    async def _forget(self, model: _Model) -> None:
-        for worker in self._workers:
-            if worker.process is not None and worker.process.alive:
-                try:
-                    await worker.process.unload(model.handle)
-                except ApplianceError as error:
-                    self._log.debug("unload_failed", model=model.key, reason=error.reason)
 
-    def _lost(self, worker: _Worker, cause: str, busy: tuple[str, ...]) -> None:
-        loop = asyncio.get_running_loop()
-        worker.up = False
-        if self._closed or worker.process is None:
-            return
-        delay_s = worker.budget.lost(loop.time())
-        self._on_change(Lost(worker.number, worker.process.pid, cause, busy, delay_s))
-        self._log.warning("worker_lost", worker=worker.number, pid=worker.process.pid, cause=cause, busy=busy, delay_s=delay_s)
-        running = self._tasks.get(worker.number)
-        if running is None or running.done():
-            self._tasks[worker.number] = loop.create_task(self._replace(worker, delay_s))
-
-    async def _replace(self, worker: _Worker, delay_s: float) -> None:
-        """Fill the place again, however often it takes."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        while not self._closed:
-            await asyncio.sleep(delay_s)
-            try:
-                await self._fill(worker)
-            except ApplianceError as error:
-                delay_s = max(delay_s, worker.budget.lost(loop.time()), 0.05)
-                self._log.warning("worker_not_replaced", worker=worker.number, reason=error.reason, delay_s=delay_s)
-                self._park()
-                continue
-            if worker.process is not None and worker.up:
-                took_s = loop.time() - began
-                self._on_change(Restored(worker.number, worker.process.pid, tuple(self._models), took_s))
-                self._log.info("worker_restored", worker=worker.number, pid=worker.process.pid, took_s=round(took_s, 3))
-                return
-
-    def _park(self) -> None:
-        for model in self._models.values():
-            if model.deaths == LOAD_TRIES:
-                self._on_change(Parked(-1, model.key, "model", "its loading killed the process twice", None))
-                self._log.error("model_parked", model=model.key)
+async def _forget(copies: Sequence[tuple[Copy, Worker]]) -> None:
+    await asyncio.gather(*(worker.unload(copy) for copy, worker in copies))
