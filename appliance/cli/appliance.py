@@ -1,6 +1,7 @@
 """The command `appliance`: everything that runs on a device, in a region, in the cloud, or in the lab."""
 
 import asyncio
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the command; an error on purpose becomes one line and exit code 1, never a traceback."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # on by default, and read at import: `check` and `lab` import onnxruntime too
     try:
         group(standalone_mode=False)
     except click.ClickException as error:

@@ -28,7 +28,18 @@ Reference(Path("build/models/label-reader.onnx"))
 """
 
 
-@pytest.mark.parametrize("script", [CHILD, REFERENCE], ids=["inference child", "lab's reference"])
+CHECK = """
+import contextlib, sys
+from appliance.cli.appliance import main
+sys.argv = ["appliance", "check", "--config", "/nonexistent.toml"]
+with contextlib.suppress(SystemExit):
+    main()
+import onnxruntime
+onnxruntime.InferenceSession("build/models/label-reader.onnx", providers=["CPUExecutionProvider"])
+"""
+
+
+@pytest.mark.parametrize("script", [CHILD, REFERENCE, CHECK], ids=["inference child", "lab's reference", "the command"])
 def test_loading_a_model_writes_nothing_into_the_home(script: str, tmp_path: Path) -> None:
     """Even where the environment does not switch telemetry off, loading a model leaves no file in the user's home."""
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, check=True, timeout=60)
