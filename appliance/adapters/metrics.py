@@ -1,11 +1,12 @@
 """The metrics that an operator scrapes, in Prometheus' text format. A metric that nothing feeds yet is absent rather than zero."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Metric as Family
 from prometheus_client.metrics import MetricWrapperBase
 
 from appliance.contract.vocabulary import LinkState, Mode, Outcome
@@ -15,12 +16,18 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row of the table: name, type, what it says, its labels."""
+    """One row of the table: name, type, what it says, its labels; the unit is the name's, as Prometheus wants it."""
 
     name: str
     kind: str
     says: str
     labels: tuple[str, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """`seconds`, `ratio`, or empty for a count and for a state."""
+        last = self.name.rpartition("_")[2]
+        return last if last in {"seconds", "ratio"} else ""
 
 
 METRICS = (
@@ -84,9 +91,19 @@ class Meter:
         """Share (0..1) of free device memory that cannot be allocated."""
         self._gauge("vram_fragmentation_ratio").set(ratio)
 
+    def compressed(self, ratio: float) -> None:
+        """Raw size over sent size of the last model update."""
+        self._gauge("gradient_compression_ratio").set(ratio)
+
     def render(self) -> bytes:
         """The exposition, Prometheus text format 0.0.4."""
-        return generate_latest(self._registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Family]:
+        """The families as the table names them: without the `_created` series that the library adds to each counter."""
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
 
     def _count(self, model: str, outcome: Outcome) -> None:
         child = self._requests.get((model, outcome))

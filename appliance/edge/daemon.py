@@ -105,7 +105,7 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
     root = await asyncio.to_thread(_read, Path(settings.trust.tuf_root))
     corridor = Corridor(TrustedMetadata(state / "metadata", root), depot, Sealed(), board)
     changing = Changing(link, clock, corridor, trusting, serving, tell=reaching.tell, region=region, device=device)
-    ingress = await _ingress(settings, serving, meter, reaching)
+    ingress = await _ingress(settings, serving, meter, (reaching, tally))
     stack.push_async_callback(ingress.close)
     return Life(clock, link, serving, trusting, changing, reaching, ingress)
 
@@ -175,8 +175,10 @@ async def _engine(settings: Edge, stack: contextlib.AsyncExitStack) -> Workers:
     return engine
 
 
-async def _ingress(settings: Edge, serving: Serving, meter: Meter, reaching: Reaching) -> Ingress:
+async def _ingress(settings: Edge, serving: Serving, meter: Meter, counted: tuple[Reaching, Tally]) -> Ingress:
+    reaching, tally = counted
     socket = Path(settings.device.runtime_dir) / settings.serve.socket if settings.serve.socket else None
-    ingress = Ingress(serving, metrics=meter.render, status=reaching.vitals, body_limit_bytes=settings.serve.body_limit_mib << 20)
+    limit = settings.serve.body_limit_mib << 20
+    ingress = Ingress(serving, metrics=meter.render, status=reaching.vitals, body_limit_bytes=limit, refused=tally.failed)
     await ingress.start(settings.serve.host, settings.serve.port, socket)
     return ingress

@@ -1,0 +1,45 @@
+"""What the addresses of the local API mean (Open Inference Protocol v2, KServe and Triton's repository index)."""
+
+from functools import lru_cache
+from typing import NamedTuple
+from urllib.parse import unquote
+
+
+class Place(NamedTuple):
+    """One address: what is asked, by which method, and of which model (empty where none is meant)."""
+
+    what: str
+    method: str
+    model: str = ""
+    version: str = ""
+
+
+FIXED = {
+    "/v2": Place("server", "GET"),
+    "/v2/health/live": Place("live", "GET"),
+    "/v2/health/ready": Place("ready", "GET"),
+    "/v2/repository/index": Place("index", "POST"),
+    "/metrics": Place("metrics", "GET"),
+    "/status": Place("status", "GET"),
+}
+BELOW_A_MODEL = {"": ("model", "GET"), "ready": ("model_ready", "GET"), "infer": ("infer", "POST")}
+
+
+@lru_cache(maxsize=256)
+def resolve(target: str) -> Place | None:
+    """Return what a request target means, its query apart; None if nothing is there."""
+    path = target.partition("?")[0]
+    if not path.isascii():
+        return None
+    path = path.rstrip("/") or "/"
+    if path in FIXED:
+        return FIXED[path]
+    match path.split("/"):
+        case ["", "v2", "models", model, "versions", version, *rest] if model and version and len(rest) <= 1:
+            pass
+        case ["", "v2", "models", model, *rest] if model and len(rest) <= 1:
+            version = ""
+        case _:
+            return None
+    found = BELOW_A_MODEL.get(rest[0] if rest else "")
+    return Place(*found, unquote(model), unquote(version)) if found else None
