@@ -96,3 +96,12 @@ def test_every_lint_ignore_has_its_reason() -> None:
     block = text[text.index("ignore = [") : text.index("[tool.ruff.lint.mccabe]")]
     rules = [line for line in block.splitlines() if line.strip().startswith('"') and "#" not in line and "=" not in line]
     assert rules == []
+
+
+def test_nothing_waits_by_wait_for(module: Path) -> None:
+    """`asyncio.wait_for` drops a cancellation on Python 3.11 that comes as its future completes; `asyncio.timeout` does not."""
+    calls = [
+        node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    names = [(ast.unparse(call.func.value), call.func.attr) for call in calls if isinstance(call.func, ast.Attribute)]
+    assert ("asyncio", "wait_for") not in names

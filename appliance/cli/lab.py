@@ -92,7 +92,8 @@ async def _show(world: Lab, stop: asyncio.Event, run_for: float | None, console:
             if console.is_terminal:
                 live.update(table(rows, _caption(world, end, loop.time())), refresh=True)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), REFRESH_S)
+                async with asyncio.timeout(REFRESH_S):
+                    await stop.wait()
     if not console.is_terminal:
         console.print(table(rows, ""))
     return sum(rotations.values())

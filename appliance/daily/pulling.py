@@ -67,7 +67,8 @@ class Pull:
         now = self._clock.monotonic()
         sleep_s = RESUME_S if deadline is None else min(max(deadline - now, 0.0), RESUME_S)
         try:
-            event: Heard | Refused | Resumed | None = await asyncio.wait_for(heard.get(), sleep_s)
+            async with asyncio.timeout(sleep_s):
+                event: Heard | Refused | Resumed | None = await heard.get()
         except TimeoutError:
             event = Resumed() if deadline is None and self._link.connected else None
         now = self._clock.monotonic()

@@ -82,7 +82,8 @@ class Changing:
             moved()
             wanted = await self._work(wanted, moved)
             try:
-                offer = await asyncio.wait_for(self._offers.get(), RETRY_S if wanted else TICK_S)
+                async with asyncio.timeout(RETRY_S if wanted else TICK_S):
+                    offer = await self._offers.get()
             except TimeoutError:
                 continue
             wanted = await self._verified(offer, wanted)

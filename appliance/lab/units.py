@@ -64,7 +64,8 @@ class Unit:
             self._listen()
         self._task = asyncio.create_task(self._supervise(), name=self.name)
         try:
-            await asyncio.wait_for(self._ready.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._ready.wait()
         except TimeoutError as error:
             raise WorldError("unit", f"{self.name} was not ready after {timeout_s:g} s\n{self.tail()}", where=str(self.log)) from error
 
@@ -81,7 +82,8 @@ class Unit:
         if process is not None and process.returncode is None:
             process.send_signal(signal.SIGTERM)
             try:
-                await asyncio.wait_for(process.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await process.wait()
             except TimeoutError:
                 process.kill()
                 await process.wait()

@@ -72,7 +72,8 @@ class Relaying:
             if pending is not None and await self._relay(pending, moved):
                 pending = None
             try:
-                pending = await asyncio.wait_for(self._offers.get(), RETRY_S if pending else TICK_S)
+                async with asyncio.timeout(RETRY_S if pending else TICK_S):
+                    pending = await self._offers.get()
             except TimeoutError:
                 continue
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 
+import aiomqtt
 import pytest
 from structlog.testing import capture_logs
 
@@ -173,6 +174,33 @@ async def test_an_orderly_restart_keeps_queue_and_retained(region: PrivateRegion
             await until(lambda: len(commands) == 5 and releases)
     assert commands == [b"0", b"1", b"2", b"3", b"4"]
     assert set(releases) == {b"release 1"}
+
+
+@pytest.mark.parametrize("step", ["__aenter__", "subscribe", "__aexit__"])
+async def test_a_link_that_is_told_to_stop_stops(region: PrivateRegion, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Even where aiomqtt drops the cancellation because its own wait completes at that moment (Python 3.11)."""
+    real, reached = getattr(aiomqtt.Client, step), asyncio.Event()
+
+    async def deaf(*args: object, **rest: object) -> object:
+        result = await real(*args, **rest)
+        reached.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(5)
+        return result
+
+    async with region.identity(JETSON) as identity:
+        link = MqttLink(identity, region.settings(), client_id="jetson-1", peer=BROKER.spiffe_id, answers=answers(JETSON))
+        link.on(RELEASE, collect([]))
+        monkeypatch.setattr(aiomqtt.Client, step, deaf)
+        running = asyncio.create_task(link.run())
+        if step == "__aexit__":
+            await until(lambda: link.connected)
+            region.api.renew(JETSON.spiffe_id)
+        await asyncio.wait_for(reached.wait(), 5)
+        running.cancel()
+        done, _ = await asyncio.wait([running], timeout=3)
+        monkeypatch.undo()
+        assert done, "the link goes on although it was cancelled"
 
 
 async def test_a_restarted_process_gets_the_retained_release_again(region: PrivateRegion) -> None:

@@ -105,7 +105,8 @@ class Ingress:
         self._draining = True
         self._unlisten()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._calm.wait(), within_s)
+            async with asyncio.timeout(within_s):
+                await self._calm.wait()
 
     async def close(self) -> None:
         """Close every connection; what is still unanswered after twice `close_s` is cancelled."""

@@ -146,6 +146,7 @@ class Session(aiomqtt.Client):
         """Connect. Raises: WorldError (`broker_unreachable`, `tls`), TheirsError (`broker_identity`, `broker_refused`)."""
         try:
             await self.__aenter__()
+            obey_cancellation()
         except aiomqtt.MqttCodeError as error:
             self.abort()
             remedy = "check that this workload's SVID is valid and registered for the region"
@@ -166,6 +167,7 @@ class Session(aiomqtt.Client):
                 async with asyncio.timeout(_CLOSE_S):
                     await self.__aexit__(None, None, None)
         self.abort()
+        obey_cancellation()
 
     def abort(self) -> None:
         """Close the socket now; harmless when it is closed already."""
@@ -208,6 +210,7 @@ class Session(aiomqtt.Client):
         options = [(pattern, SubscribeOptions(qos=1, retainHandling=handling)) for pattern in patterns]
         try:
             codes: Sequence[int | ReasonCode] = await self.subscribe(options)
+            obey_cancellation()
         except aiomqtt.MqttError as error:
             raise WorldError("broker_unreachable", f"cannot subscribe: {error}", where=self._where()) from error
         refused = [
@@ -304,6 +307,17 @@ class Session(aiomqtt.Client):
             self.cause = cause
             self.ended.set()
             self._idle.set()
+
+
+def obey_cancellation() -> None:
+    """Raise the cancellation that aiomqtt may have dropped.
+
+    It waits by `asyncio.wait_for`, which on Python 3.11 returns normally if the task is cancelled just as the future completes: a link that is
+    told to stop while CONNACK arrives would run for ever (CPython issue 86296, mended in 3.12).
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def refusal(code: int, topic: str) -> ApplianceError:
