@@ -6,7 +6,7 @@ Adapters raise only `appliance.contract.errors`; anything foreign is translated 
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from appliance.contract.attest import Approval, Challenge, EnrolAsk, EnrolChallenge, Enrolled, EnrolProof, Evidence
 from appliance.contract.inference import Answer, Array, Request, Signature
@@ -158,6 +158,9 @@ class Depot(Protocol):
     def load(self, name: str) -> bytes | None:
         """Read a small state file; None if there is none."""
 
+    def names(self, prefix: str) -> list[str]:
+        """The names of all small state files that begin so, sorted."""
+
     def forget(self, name: str) -> None:
         """Remove a small state file; not an error if it is absent."""
 
@@ -251,6 +254,3 @@ class Desk(Protocol):
         Raises: TheirsError (`unknown_model`, or a fault that `contract.admission.check` found),
         WorldError (`backlog_full`, `deadline`, `worker_lost`, `not_ready`, `draining`), with `retry_after_s` where it is known.
         """
-
-    def status(self) -> dict[str, Any]:
-        """The vitals as JSON-able values, for people and for the lab."""

@@ -170,6 +170,11 @@ class Depot:
             return path.read_bytes()
         return None
 
+    def names(self, prefix: str) -> list[str]:
+        """The names of all small state files that begin so, sorted. Raises: WorldError (`disk`)."""
+        with self._translated(self._states):
+            return sorted(path.name for path in self._states.iterdir() if path.name.startswith(prefix))
+
     def forget(self, name: str) -> None:
         """Remove a small state file; not an error if it is absent. Raises: WorldError (`disk`)."""
         path = self._state(name)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-import signal
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from appliance.contract import identities, topics
 from appliance.contract.codec import decode, encode
 from appliance.contract.errors import ApplianceError
 from appliance.contract.models import ChunkAsk, RegionKeyAsk, Release
-from appliance.daily.journal import open_journal
 from appliance.daily.pulse import Pulse
+from appliance.daily.service import serve
 from appliance.ports import Inbound, Link
 
 IDENTITY_TIMEOUT_S = 20.0
@@ -34,12 +34,7 @@ TICK_S = 1.0
 
 async def run(settings: Cloud) -> None:
     """Publish until SIGTERM or SIGINT. Raises: ApplianceError if it cannot even start."""
-    open_journal(settings.log.level, settings.log.format)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with contextlib.AsyncExitStack() as stack:
-        await _publish(settings, stack, stop)
+    await serve(settings.log, functools.partial(_publish, settings))
 
 
 async def _publish(settings: Cloud, stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> None:

@@ -14,7 +14,6 @@ class Site(Section, frozen=True, kw_only=True):
         tuple[Annotated[str, Meta(pattern=LABEL)], ...], Meta(min_length=1, description="Regions that get the releases: DNS labels")
     ]
     state_dir: Annotated[str, Meta(pattern=PATH, description="Encrypted artifacts and signed metadata")] = "/var/lib/appliance-cloud"
-    runtime_dir: Annotated[str, Meta(pattern=PATH, description="Sockets; emptied at each start")] = "/run/appliance-cloud"
     models_dir: Annotated[str, Meta(pattern=PATH, description="Plaintext models that are to be published")] = (
         "/var/lib/appliance-cloud/models"
     )

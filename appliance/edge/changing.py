@@ -6,6 +6,7 @@ beyond the key.
 """
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import structlog
 
 from appliance.contract import topics
 from appliance.contract.codec import decode, encode
-from appliance.contract.errors import ApplianceError, TheirsError
+from appliance.contract.errors import ApplianceError, TheirsError, WorldError
 from appliance.contract.models import Manifest, Release
 from appliance.contract.vocabulary import Platform
 from appliance.core.trust.fencing import Fence, fingerprint, unpack
@@ -28,6 +29,8 @@ SHELF_FILE = "shelf.json"
 PREFERENCE = (Platform.ONNX, Platform.LITERT)
 RETRY_S = 2.0
 TICK_S = 0.5
+NOT_YET = frozenset({"not_attested", "unknown_device", "unknown_artifact", "busy", "internal"})
+"""What a region says that has just started again: true now, not for ever, and nothing against the release."""
 GIB = 1 << 30
 
 
@@ -66,6 +69,7 @@ class Changing:
         self._region = region
         self._offers: asyncio.Queue[Inbound] = asyncio.Queue(maxsize=8)
         self._refused: dict[str, int] = {}
+        self._deferred: dict[str, str] = {}
         self._log = structlog.get_logger()
         link.on(topics.release(region), self._offered)
 
@@ -114,18 +118,26 @@ class Changing:
             bound = self._log.bind(model=manifest.model_id, version=manifest.version)
             try:
                 await self._install(manifest, moved)
-            except TheirsError as error:
+            except (TheirsError, WorldError) as error:
+                if isinstance(error, WorldError) or error.reason in NOT_YET:
+                    self._defer(manifest, error)
+                    later.append(manifest)
+                    continue
                 self._refused[manifest.model_id] = manifest.token
                 bound.error("model_refused", reason=error.reason, what=str(error))
                 await self._tell(
                     "model_refused", {"model": manifest.model_id, "version": manifest.version, "reason": error.reason, "what": str(error)}
                 )
-            except ApplianceError as error:
-                bound.debug("model_deferred", reason=error.reason, what=str(error))
-                later.append(manifest)
             else:
+                self._deferred.pop(manifest.model_id, None)
                 await self._tell("model_mounted", {"model": manifest.model_id, "version": manifest.version})
         return later
+
+    def _defer(self, manifest: Manifest, error: ApplianceError) -> None:
+        """Log why a release waits, once for each reason."""
+        if self._deferred.get(manifest.model_id) != error.reason:
+            self._deferred[manifest.model_id] = error.reason
+            self._log.warning("model_deferred", model=manifest.model_id, version=manifest.version, reason=error.reason, what=str(error))
 
     async def _install(self, manifest: Manifest, moved: Callable[[], None]) -> None:
         admitted = self._fence().admit(manifest.model_id, manifest.token, fingerprint(manifest))
@@ -140,7 +152,11 @@ class Changing:
         def weights() -> int:
             return descriptors.pop() if descriptors else self._corridor.weights.open(path, artifact, key)
 
-        await self._serving.mount(manifest, platform, weights)
+        try:
+            await self._serving.mount(manifest, platform, weights)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
         await asyncio.to_thread(self._keep, manifest)
 
     def _platform(self, manifest: Manifest) -> Platform:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 import os
-import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import structlog
 
 from appliance.adapters.board_generic import GenericBoard
 from appliance.adapters.board_jetson import JetsonBoard
-from appliance.adapters.board_sim import SimBoard
+from appliance.adapters.board_sim import ReplayBoard, SimBoard
 from appliance.adapters.clock import SystemClock
 from appliance.adapters.depot import Depot
 from appliance.adapters.inference.workers import Workers
@@ -27,8 +27,9 @@ from appliance.adapters.systemd import ServiceManager
 from appliance.adapters.tpm import EsysTpm
 from appliance.contract import identities, topics
 from appliance.contract.errors import WorldError
-from appliance.daily.journal import open_journal
+from appliance.core.serve import tegrastats
 from appliance.daily.pulse import Pulse
+from appliance.daily.service import serve
 from appliance.edge.changing import Changing, Corridor
 from appliance.edge.reaching import Reaching
 from appliance.edge.serving import Serving
@@ -40,28 +41,28 @@ from appliance.ports import Board
 IDENTITY_TIMEOUT_S = 20.0
 
 
-def open_board(settings: Edge) -> Board:
-    """The board that the settings name."""
+def open_board(settings: Edge, clock: SystemClock, load: Callable[[], float]) -> Board:
+    """The board that the settings name; `load` (0..1) is what heats a simulated one. Raises: WorldError (`sim.replay`)."""
     match settings.board.kind:
         case "jetson":
             return JetsonBoard(GenericBoard())
+        case "sim" if settings.sim.replay:
+            return ReplayBoard(tegrastats.readings(_read(Path(settings.sim.replay), "sim.replay").decode()), clock.monotonic)
         case "sim":
-            return SimBoard.from_settings(settings.sim)
+            return SimBoard.from_settings(settings.sim, clock.monotonic, load)
         case _:
             return GenericBoard()
 
 
 async def run(settings: Edge) -> None:
     """Serve until SIGTERM or SIGINT. Raises: ApplianceError if the device cannot even start."""
-    open_journal(settings.log.level, settings.log.format)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with contextlib.AsyncExitStack() as stack:
-        notifier = ServiceManager()
-        notifier.status("waiting for an identity")
-        life = await _open(settings, stack)
-        await _live(life, settings, notifier, stop)
+    await serve(settings.log, functools.partial(_serve, settings))
+
+
+async def _serve(settings: Edge, stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> None:
+    notifier = ServiceManager()
+    notifier.status("waiting for an identity")
+    await _live(await _open(settings, stack), settings, notifier, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Life:
 async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
     """Open every adapter and build every mind; the stack closes them in reverse."""
     clock = SystemClock()
-    meter, board = Meter(clock.wall), open_board(settings)
+    meter = Meter(clock.wall)
     device, region, state = settings.device.name, settings.device.region, Path(settings.device.state_dir)
     tally = Tally(meter, clock)
     serving = Serving(
@@ -92,6 +93,7 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
         fill_wait_s=settings.serve.fill_wait_ms / 1e3,
         timeout_s=settings.serve.batch_deadline_s,
     )
+    board = open_board(settings, clock, serving.load)
     link = await _link(settings, stack)
     depot, tpm = Depot(state / "depot"), EsysTpm(settings.trust.tcti)
     stack.callback(depot.close)
@@ -102,7 +104,7 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
     )
     changed = functools.partial(meter.link, "region")
     reaching = Reaching(link, clock, board, serving, tally, region=region, device=device, heartbeat_s=reach.heartbeat_s, changed=changed)
-    root = await asyncio.to_thread(_read, Path(settings.trust.tuf_root))
+    root = await asyncio.to_thread(_read, Path(settings.trust.tuf_root), "trust.tuf_root")
     corridor = Corridor(TrustedMetadata(state / "metadata", root), depot, Sealed(), board)
     changing = Changing(link, clock, corridor, trusting, serving, tell=reaching.tell, region=region, device=device)
     ingress = await _ingress(settings, serving, meter, (reaching, tally))
@@ -125,9 +127,9 @@ async def _live(life: Life, settings: Edge, notifier: ServiceManager, stop: asyn
                 ("reaching", life.reaching),
             )
         ]
+        life.reaching.say = notifier.status
         loops += [group.create_task(life.link.run(), name="link"), group.create_task(pulse.run(), name="pulse")]
         notifier.ready()
-        notifier.status("serving")
         await stop.wait()
         notifier.stopping()
         log.info("stopping", drain_s=settings.serve.drain_s)
@@ -137,12 +139,12 @@ async def _live(life: Life, settings: Edge, notifier: ServiceManager, stop: asyn
     log.info("stopped")
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, setting: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise WorldError(
-            "tuf_root", f"cannot be read: {error.strerror}", where=str(path), remedy="put the cloud's root.json there"
+            "unreadable", f"cannot be read: {error.strerror}", where=str(path), remedy=f"put the file there, or correct {setting}"
         ) from error
 
 

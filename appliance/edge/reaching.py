@@ -56,6 +56,8 @@ class Reaching:
         self._event_seq = 0
         self._up_at = clock.monotonic()
         self._log = structlog.get_logger()
+        self.say: Callable[[str], None] = lambda _text: None
+        self._said = ""
         self.state = LinkState.DEGRADED
         changed(self.state)
 
@@ -99,6 +101,7 @@ class Reaching:
         while True:
             moved()
             self._judge()
+            self._report()
             if self._link.connected:
                 if self._clock.monotonic() >= due:
                     self._seq += 1
@@ -115,6 +118,18 @@ class Reaching:
             self._log.debug("not_delivered", topic=topic, reason=error.reason)
             return False
         return True
+
+    def _report(self) -> None:
+        """One line for the service manager whenever it changes: what serves, in which mode, over which link."""
+        models = ", ".join(f"{name} {version}" for name, version in sorted(self._serving.versions().items()))
+        text = (
+            f"serving {models} in mode {self._serving.mode}, link {self.state}"
+            if models
+            else f"{self._serving.why_not_ready()}, link {self.state}"
+        )
+        if text != self._said:
+            self.say(text)
+            self._said = text
 
     def _judge(self) -> None:
         now = self._clock.monotonic()

@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
 
 import numpy as np
 import structlog
@@ -137,9 +136,9 @@ class Serving:
             max_batch=stand.backlog.max_batch,
         )
 
-    def status(self) -> dict[str, Any]:
-        """What serves now, as JSON-able values."""
-        return {"mode": self.mode, "models": dict(self.versions())}
+    def load(self) -> float:
+        """The share (0..1) of workers that run a batch now."""
+        return min(1.0, sum(sum(stand.running.values()) for stand in self._stands.values()) / self._workers)
 
     def versions(self) -> Mapping[str, str]:
         """The mounted version of each model."""
@@ -182,7 +181,7 @@ class Serving:
         if isinstance(offered, Refused):
             raise _refusal(offered.reason, offered.retry_after_s)
         for entry in offered.displaced:
-            _fail(entry, _refusal(Outcome.BACKLOG_FULL, None))
+            _fail(entry, _refusal(Outcome.BACKLOG_FULL, stand.backlog.retry_after_s(arrived)))
         self._pump(stand)
         try:
             return await waiting.answer

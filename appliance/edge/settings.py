@@ -32,7 +32,6 @@ class Serve(Section, frozen=True, kw_only=True):
     threads: Annotated[int, Meta(ge=0, le=128, description="Threads per worker; 0 shares the processors among the workers")] = 0
     max_batch: Annotated[int, Meta(ge=1, le=256, description="Most requests in one batch")] = 8
     fill_wait_ms: Annotated[float, Meta(ge=0, le=10, description="Longest wait for a batch to fill, in milliseconds")] = 10.0
-    backlog_factor: Annotated[float, Meta(ge=1, le=64, description="Requests are refused above this many batches in waiting")] = 2.0
     batch_deadline_s: Annotated[float, Meta(ge=0.1, le=600, description="A batch that runs longer costs its worker, in seconds")] = 10.0
     body_limit_mib: Annotated[int, Meta(ge=1, le=1024, description="Largest request body, in MiB")] = 32
     drain_s: Annotated[

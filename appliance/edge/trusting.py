@@ -21,7 +21,7 @@ from appliance.ports import Clock, Depot, Link, SealedKey, Tpm
 ENROLMENT_FILE = "enrolment.json"
 RETRY_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 TICK_S = 1.0
-AGAIN = frozenset({"nonce", "expired", "ticket", "no_challenge", "policy_changed", "internal"})
+AGAIN = frozenset({"nonce", "expired", "ticket", "no_challenge", "busy", "internal"})
 """Refusals that say nothing of this device: the region restarted, or an answer came too late. It asks again and keeps its key."""
 
 
@@ -94,14 +94,22 @@ class Trusting:
             challenge = await self._ask(topics.challenge, ChallengeAsk(), Challenge)
             evidence = await self._tpm.evidence(sealed, challenge)
             approval = await self._ask(topics.attest, evidence, Approval)
-            self._kek = await self._tpm.unseal(sealed, approval)
+            try:
+                self._kek = await self._tpm.unseal(sealed, approval)
+            except TheirsError as error:
+                if error.reason in {"pcr", "expired"}:  # the approval is stale: the region judges the present state in the next round
+                    raise WorldError(error.reason, error.what, where=error.where, remedy=error.remedy) from error
+                raise
             self.refusal = None
             self._log.info("attested", epoch=sealed.enrolled.epoch)
 
     async def _enrolment(self) -> SealedKey:
         kept = self._depot.load(ENROLMENT_FILE)
         if kept is not None:
-            return msgspec.json.decode(kept, type=SealedKey)
+            try:
+                return msgspec.json.decode(kept, type=SealedKey)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                self._log.error("enrolment_damaged", file=ENROLMENT_FILE, what=str(error), remedy="enrolling anew")
         challenge = await self._ask(topics.enrol, await self._tpm.enrol_ask(), EnrolChallenge)
         enrolled = await self._ask(topics.prove, await self._tpm.prove(challenge), Enrolled)
         sealed = await self._tpm.adopt(enrolled)

@@ -154,7 +154,7 @@ class Lab:
         (folder / "model.onnx").write_bytes(await asyncio.to_thread(self.plan.model.read_bytes))
         (folder / "model.toml").write_text(CARD)
         sections: dict[str, dict[str, object]] = {
-            "cloud": {"regions": [REGION], "state_dir": home / "state", "runtime_dir": home / "run", "models_dir": models},
+            "cloud": {"regions": [REGION], "state_dir": home / "state", "models_dir": models},
             "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "retry_cap_s": 2.0},
             "trust": {"trust_domain": identities.TRUST_DOMAIN, "workload_api": address, "keys_dir": home / "keys"},
         }
@@ -170,7 +170,7 @@ class Lab:
         for number, der in enumerate(await asyncio.to_thread(softtpm.roots, maker)):
             (roots / f"{number}.der").write_bytes(der)
         sections: dict[str, dict[str, object]] = {
-            "region": {"name": REGION, "state_dir": home / "state", "runtime_dir": home / "run"},
+            "region": {"name": REGION, "state_dir": home / "state"},
             "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "retry_cap_s": 2.0},
             "trust": {
                 "trust_domain": identities.TRUST_DOMAIN,

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,7 @@ class Stream:
         self._reference = reference
         self._rate_per_s = rate_per_s
         self._callers = callers
+        self._own = threading.local()
         self._rng = random.Random(seed)  # noqa: S311 - labels must be the same at each run, secrecy is no concern
 
     async def run(self) -> None:
@@ -85,6 +87,13 @@ class Stream:
         finally:
             places.release()
 
+    def _reader(self) -> LabelReader:
+        """This thread's reader; its connection stays open."""
+        reader: LabelReader | None = getattr(self._own, "reader", None)
+        if reader is None:
+            reader = self._own.reader = LabelReader(Appliance(self._socket), self._model)
+        return reader
+
     def _read(self, seed: float) -> None:
         """Draw, ask (again where the device says so), compare; in a caller's thread."""
         label = draw(random.Random(seed))  # noqa: S311 - see above
@@ -92,9 +101,9 @@ class Stream:
         score = self.score
         for attempt in range(ATTEMPTS):
             try:
-                with Appliance(self._socket) as client:
-                    started = time.monotonic()
-                    reading = LabelReader(client, self._model).read(label.image)
+                reader = self._reader()  # fetches the dictionary at a thread's first label, which is no inference
+                started = time.monotonic()
+                reading = reader.read(label.image)
                 break
             except ApplianceError as error:
                 score.reasons[error.reason] += 1

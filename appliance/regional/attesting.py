@@ -98,7 +98,8 @@ class Attesting:
         return record
 
     def _enrol(self, device: str, payload: bytes) -> Message:
-        taken = {enrolment.record.ek_name for name, enrolment in self._enrolments.items() if name != device and enrolment.record}
+        known = [name.removeprefix("device-").removesuffix(".json") for name in self._depot.names("device-")]
+        taken = {self._record(name).ek_name for name in known if name != device}
         return self._enrolment(device).ask(
             decode(payload, EnrolAsk), now=self._clock.monotonic(), wall=self._clock.wall(), chance=self._chance, taken=taken
         )

@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import secrets
-import signal
 from pathlib import Path
 
 import structlog
@@ -22,8 +22,8 @@ from appliance.adapters.systemd import ServiceManager
 from appliance.contract import identities, topics
 from appliance.contract.errors import WorldError
 from appliance.core.trust.anchors import PcrPolicy
-from appliance.daily.journal import open_journal
 from appliance.daily.pulse import Pulse
+from appliance.daily.service import serve
 from appliance.regional.attesting import Attesting, Authorities
 from appliance.regional.gathering import Gathering
 from appliance.regional.relaying import Relaying
@@ -35,12 +35,7 @@ SECRET_BYTES = 32
 
 async def run(settings: Region) -> None:
     """Serve a region until SIGTERM or SIGINT. Raises: ApplianceError if it cannot even start."""
-    open_journal(settings.log.level, settings.log.format)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with contextlib.AsyncExitStack() as stack:
-        await _serve(settings, stack, stop)
+    await serve(settings.log, functools.partial(_serve, settings))
 
 
 async def _serve(settings: Region, stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> None:

@@ -12,7 +12,6 @@ class Site(Section, frozen=True, kw_only=True):
 
     name: Annotated[str, Meta(pattern=LABEL, description="The region's name: a DNS label")]
     state_dir: Annotated[str, Meta(pattern=PATH, description="Enrolments, cached artifacts and keys")] = "/var/lib/appliance-region"
-    runtime_dir: Annotated[str, Meta(pattern=PATH, description="Sockets; emptied at each start")] = "/run/appliance-region"
 
 
 class Reach(Section, frozen=True, kw_only=True):
@@ -20,7 +19,6 @@ class Reach(Section, frozen=True, kw_only=True):
 
     broker_host: Annotated[str, Meta(min_length=1, description="Host of the region's MQTT broker")]
     broker_port: Annotated[int, Meta(ge=1, le=65_535, description="Its TLS port")] = 8883
-    heartbeat_s: Annotated[float, Meta(ge=0.2, le=300, description="Interval at which devices are looked through, in seconds")] = 5.0
     ask_timeout_s: Annotated[float, Meta(ge=0.1, le=120, description="Longest wait for an answer of the cloud, in seconds")] = 10.0
     retry_cap_s: Annotated[float, Meta(ge=0.5, le=600, description="Longest pause between attempts to connect, in seconds")] = 30.0
 

@@ -1,12 +1,14 @@
 """The MQTT tree in code and in docs/asyncapi.yaml are one and the same."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft7Validator
 
 from appliance.contract import attest, codec, models, topics, vitals
 from appliance.contract.errors import TheirsError
@@ -65,3 +67,10 @@ def test_topics_fit_the_pattern_of_the_acl() -> None:
     for address in in_code().values():
         if "{device}" in address:
             assert re.fullmatch(r"v1/\{region\}/d/\{device\}/(up|dn)/[a-z/]+", address)
+
+
+def test_the_document_is_asyncapi_3() -> None:
+    """docs/asyncapi.yaml is valid against the published schema (tests/schemas, from the npm package @asyncapi/specs, Apache-2.0)."""
+    schema = json.loads((ROOT / "tests/schemas/asyncapi-3.0.0.json").read_text())
+    faults = [f"{'/'.join(map(str, fault.absolute_path))}: {fault.message[:120]}" for fault in Draft7Validator(schema).iter_errors(DOCUMENT)]
+    assert faults == []
