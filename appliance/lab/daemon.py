@@ -42,6 +42,7 @@ class Plan:
     model: Path
     rate_per_s: float
     seed: int = 1
+    reattest_s: float = 3600.0
     say: Callable[[str], None] = lambda _text: None
 
 
@@ -52,6 +53,7 @@ class Device:
     name: str
     unit: Unit
     tpm: Unit
+    tcti: str
     socket: Path
     stream: Stream
     task: "asyncio.Task[None] | None" = None
@@ -143,7 +145,7 @@ class Lab:
     async def _daemon(self, name: str, verb: str, sections: dict[str, dict[str, object]]) -> Unit:
         config = self.site.folder(name) / "settings.toml"
         config.write_text(toml(sections))
-        unit = self._unit(name, [sys.executable, "-m", "appliance", verb, "--config", str(config)])
+        unit = self._unit(name, [sys.executable, "-m", "appliance", verb, "--config", str(config)], HOME=str(self.site.folder(name)))
         await unit.start(READY_TIMEOUT_S)
         return unit
 
@@ -199,6 +201,7 @@ class Lab:
                 "trust_domain": identities.TRUST_DOMAIN,
                 "workload_api": address,
                 "tcti": softtpm.tcti(port),
+                "reattest_s": self.plan.reattest_s,
                 "tuf_root": self.site.path / "cloud" / "state" / "root.json",
             },
             "board": {"kind": "sim"},
@@ -207,7 +210,7 @@ class Lab:
         stream = Stream(
             f"unix:{socket}", MODEL, reference, rate_per_s=self.plan.rate_per_s, callers=4, seed=self.plan.seed * 1_000 + number
         )
-        self.devices.append(Device(name, unit, tpm, socket, stream))
+        self.devices.append(Device(name, unit, tpm, softtpm.tcti(port), socket, stream))
 
     async def _serving(self, device: Device) -> None:
         """Wait until the model is mounted. Raises: WorldError (`not_serving`) with the end of the device's log."""

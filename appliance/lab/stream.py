@@ -64,22 +64,27 @@ class Stream:
         self._rate_per_s = rate_per_s
         self._callers = callers
         self._own = threading.local()
+        self._clients: list[Appliance] = []
         self._rng = random.Random(seed)  # noqa: S311 - labels must be the same at each run, secrecy is no concern
 
     async def run(self) -> None:
         """Send labels at the rate until cancelled; a slow device is not asked faster than it answers."""
         loop = asyncio.get_running_loop()
         places = asyncio.Semaphore(self._callers)
-        with ThreadPoolExecutor(self._callers, thread_name_prefix="caller") as pool:
-            async with asyncio.TaskGroup() as group:
-                due = loop.time()
-                while True:
-                    await places.acquire()
-                    seed = self._rng.random()
-                    work = loop.run_in_executor(pool, self._read, seed)
-                    group.create_task(self._settle(work, places))
-                    due = max(due + 1 / self._rate_per_s, loop.time())
-                    await asyncio.sleep(due - loop.time())
+        try:
+            with ThreadPoolExecutor(self._callers, thread_name_prefix="caller") as pool:
+                async with asyncio.TaskGroup() as group:
+                    due = loop.time()
+                    while True:
+                        await places.acquire()
+                        seed = self._rng.random()
+                        work = loop.run_in_executor(pool, self._read, seed)
+                        group.create_task(self._settle(work, places))
+                        due = max(due + 1 / self._rate_per_s, loop.time())
+                        await asyncio.sleep(due - loop.time())
+        finally:
+            for client in self._clients:
+                client.close()
 
     async def _settle(self, work: "asyncio.Future[None]", places: asyncio.Semaphore) -> None:
         try:
@@ -91,7 +96,9 @@ class Stream:
         """This thread's reader; its connection stays open."""
         reader: LabelReader | None = getattr(self._own, "reader", None)
         if reader is None:
-            reader = self._own.reader = LabelReader(Appliance(self._socket), self._model)
+            client = Appliance(self._socket)
+            self._clients.append(client)
+            reader = self._own.reader = LabelReader(client, self._model)
         return reader
 
     def _read(self, seed: float) -> None:

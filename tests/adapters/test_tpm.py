@@ -307,6 +307,7 @@ async def test_a_changed_term_is_refused(tpm: EsysTpm, region: Region) -> None:
     await refused(tpm, sealed, msgspec.structs.replace(verdict.approval, expiration_s=3600), "signature", "another term")
 
 
+@pytest.mark.slow
 async def test_an_approval_expires(tpm: EsysTpm, region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
     """After its term the TPM refuses the consent by its own clock, when it is shown and also when the key is opened."""
     sealed = await enrol(tpm, region)

@@ -163,6 +163,7 @@ async def test_models_that_cannot_be_served_are_refused_by_name() -> None:
         assert workers.pids() == pids
 
 
+@pytest.mark.slow
 async def test_a_crash_under_load_costs_only_what_was_in_flight() -> None:
     """Callers see the right answer or `worker_lost`, each exactly once, and answers come again in under 2 s."""
     changes: list[Change] = []
@@ -377,6 +378,7 @@ async def test_the_child_ignores_polite_signals_and_shows_nothing() -> None:
         assert proc(pid, "oom_score_adj").strip() == "500"
 
 
+@pytest.mark.slow
 async def test_rounds_of_load_unload_and_crash_leak_no_descriptor_and_no_process() -> None:
     """After 10 rounds of 3 this process has the descriptors that it had, and no child."""
     gc.collect()

@@ -72,5 +72,7 @@ def test_topics_fit_the_pattern_of_the_acl() -> None:
 def test_the_document_is_asyncapi_3() -> None:
     """docs/asyncapi.yaml is valid against the published schema (tests/schemas, from the npm package @asyncapi/specs, Apache-2.0)."""
     schema = json.loads((ROOT / "tests/schemas/asyncapi-3.0.0.json").read_text())
-    faults = [f"{'/'.join(map(str, fault.absolute_path))}: {fault.message[:120]}" for fault in Draft7Validator(schema).iter_errors(DOCUMENT)]
+    faults = [
+        f"{'/'.join(map(str, fault.absolute_path))}: {fault.message[:120]}" for fault in Draft7Validator(schema).iter_errors(DOCUMENT)
+    ]
     assert faults == []

@@ -1,0 +1,58 @@
+"""A whole lab in a short directory of its own, and conditions to wait for."""
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+from appliance.lab.daemon import Device, Lab, Plan
+from appliance.lab.site import claim
+
+MODEL = Path(__file__).parent.parent.parent / "build/models/label-reader.onnx"
+
+Condition = Callable[[], Awaitable[bool]]
+
+
+@contextlib.asynccontextmanager
+async def running(*, rate_per_s: float = 8.0, reattest_s: float = 3600.0) -> AsyncIterator[Lab]:
+    """Run a lab with one device for a while, and leave nothing."""
+    folder = Path(tempfile.mkdtemp(prefix="ap-", dir="/tmp"))
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            lab = Lab(claim(folder / "lab"), Plan(devices=1, model=MODEL, rate_per_s=rate_per_s, reattest_s=reattest_s), stack)
+            await lab.open()
+            yield lab
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def until(condition: Condition, within_s: float) -> float:
+    """Wait for a condition; return how long it took, in seconds."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while not await condition():
+        assert loop.time() - began < within_s, f"not within {within_s} s"
+        await asyncio.sleep(0.05)
+    return loop.time() - began
+
+
+def reads(device: Device, more: int) -> Condition:
+    """So many more labels have been read."""
+    wanted = device.stream.score.labels + more
+
+    async def enough() -> bool:
+        return device.stream.score.labels >= wanted
+
+    return enough
+
+
+def log_has(device: Device, *words: str, times: int = 1) -> Condition:
+    """The device's log has so many lines with all these words."""
+
+    async def told() -> bool:
+        lines = device.unit.log.read_text().splitlines()
+        return sum(all(word in line for word in words) for line in lines) >= times
+
+    return told
