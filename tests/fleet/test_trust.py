@@ -6,10 +6,7 @@ import time
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import onnxruntime
 import pytest
-import tritonclient.http as triton
 
 from appliance.adapters.mqtt import LinkSettings, MqttLink, SessionSettings
 from appliance.adapters.sealed import seal
@@ -111,31 +108,3 @@ async def test_a_changed_boot_is_refused_while_the_good_model_serves() -> None:
         status = await device.status()
         assert status is not None
         assert status["model_version"] == ""
-
-
-async def test_triton_gets_the_same_bits_from_the_running_device() -> None:
-    """JSON and binary, three widths: what tritonclient gets equals onnxruntime in this process, bit for bit."""
-    async with running() as lab:
-        port = next(
-            int(line.split('"port": ')[1].split(",")[0]) for line in lab.devices[0].unit.log.read_text().splitlines() if '"started"' in line
-        )
-
-        def compare() -> list[bool]:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = options.inter_op_num_threads = 1
-            session = onnxruntime.InferenceSession(MODEL, options, providers=["CPUExecutionProvider"])
-            output, same = session.get_outputs()[0].name, []
-            client = triton.InferenceServerClient(f"127.0.0.1:{port}")
-            for binary in (True, False):
-                for width in (160, 320, 480):
-                    x = np.random.default_rng(width).random((1, 3, 48, width), dtype=np.float32)
-                    tensor = triton.InferInput("x", x.shape, "FP32")
-                    tensor.set_data_from_numpy(x, binary_data=binary)
-                    wanted = [triton.InferRequestedOutput(output, binary_data=binary)]
-                    got = client.infer("label-reader", [tensor], outputs=wanted).as_numpy(output)
-                    expected = session.run(None, {"x": x})[0]
-                    same.append(np.array_equal(got.reshape(expected.shape), expected))
-            client.close()
-            return same
-
-        assert await asyncio.to_thread(compare) == [True] * 6
