@@ -183,8 +183,25 @@ class LoadedModel:
     signature: Signature
 
 
+class Share(Protocol):
+    """Memory that a caller gave by descriptor, mapped here and known to every child."""
+
+    @property
+    def memory(self) -> memoryview:
+        """The shared bytes, writable; arrays made over it travel to a child without a copy."""
+
+    def close(self) -> None:
+        """Forget it here and in the children; arrays over it must be gone. Idempotent."""
+
+
 class Engine(Protocol):
     """Child processes that run models; a crash costs a process, not the daemon."""
+
+    def share(self, fd: int, size: int) -> Share:
+        """Map a memfd of a caller; the descriptor stays the caller's.
+
+        Raises: TheirsError (`shared_memory`) if it is not sealed against shrinking (else its owner could fault this process), or shorter.
+        """
 
     async def load(self, key: str, platform: Platform, weights: Callable[[], int]) -> LoadedModel:
         """Load a model from the descriptor that `weights()` returns; it is called again when a child is replaced.
@@ -247,6 +264,15 @@ class Desk(Protocol):
 
     def describe(self, model: str, version: str) -> ModelCard:
         """Describe a model; an empty version means the served one. Raises: TheirsError (`unknown_model`)."""
+
+    async def load(self, model: str) -> None:
+        """Serve a model that is known here but was unloaded; return when it serves.
+
+        Raises: TheirsError (`unknown_model`: it was never released to this device, `model`), WorldError (`worker_lost`, `memory`).
+        """
+
+    async def unload(self, model: str) -> None:
+        """Stop serving a model until `load` or the next release; requests that wait are answered. Raises: TheirsError (`unknown_model`)."""
 
     async def infer(self, request: Request) -> Answer:
         """Answer one request; its arrays may be read-only and unaligned. Cancellation means that the caller is gone.

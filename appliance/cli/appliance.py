@@ -23,9 +23,14 @@ def group() -> None:
 
 def main() -> None:
     """Run the command; an error on purpose becomes one line and exit code 1, never a traceback."""
+    guarded(group, "appliance")
+
+
+def guarded(command: click.Group, name: str) -> None:
+    """Run a command and exit; an error on purpose becomes one line that begins with `name`."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # on by default, and read at import: `check` and `lab` import onnxruntime too
     try:
-        group(standalone_mode=False)
+        command(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -34,13 +39,13 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except ApplianceError as error:
-        click.echo(f"appliance: {error}", err=True)
+        click.echo(f"{name}: {error}", err=True)
         sys.exit(1)
     except BaseExceptionGroup as error:
         known = first_known(error)
         if known is None:
             raise
-        click.echo(f"appliance: {known}", err=True)
+        click.echo(f"{name}: {known}", err=True)
         sys.exit(1)
 
 

@@ -53,12 +53,22 @@ class Tags:
     Attributes:
         priority: 0 (highest) to 9 (lowest).
         timeout_s: seconds after arrival at which the answer is worthless; None means the model's own limit.
-        accept_degradation: whether an answer from mode B or C is welcome.
+        slo_s: seconds within which the answer should come; a route may stretch it by half, where `timeout_s` is a wall.
+        accept_degradation: whether an answer from mode B, C or D is welcome.
+        accept_stale: whether an older answer to the same input is welcome where there is no fresh one.
+        accept_deferral: whether a promise (an id to fetch the answer with later) is welcome where there is no answer now.
+        data_residency: where the input may go: `device`, `region`, or empty for anywhere.
+        max_cost: the most that this inference may cost, in dollars; None means that nobody asked.
     """
 
     priority: int = 5
     timeout_s: float | None = None
+    slo_s: float | None = None
     accept_degradation: bool = True
+    accept_stale: bool = False
+    accept_deferral: bool = False
+    data_residency: str = ""
+    max_cost: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +85,23 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The outputs of one request, and which mode and model version made them. `model` is the served model's name."""
+    """The outputs of one request, and what made them. `model` is the served model's name.
+
+    Attributes:
+        why: one phrase that says why this mode and this place answered.
+        confidence: the accuracy (0 to 1) that was measured for this mode on the model's own samples, less what age took; None: not measured.
+        route: where it was computed: `edge`, `split`, `cloud`, `neighbour` or `stale`.
+        cost: what it cost, in dollars; None where nobody prices it.
+        age_s: how old a stale answer is; None for a fresh one.
+    """
 
     id: str
     model: str
     version: str
     outputs: Mapping[str, Array]
     mode: Mode
+    why: str = ""
+    confidence: float | None = None
+    route: str = "edge"
+    cost: float | None = None
+    age_s: float | None = None

@@ -5,7 +5,7 @@ from typing import ClassVar
 import msgspec
 
 from appliance.contract.codec import Message
-from appliance.contract.vocabulary import Platform
+from appliance.contract.vocabulary import Mode, Platform
 
 CHUNK_BYTES = 262_144
 """256 KiB: the size at which a window of 8 fills 1 GbE while the broker stays small (docs/decisions/0005)."""
@@ -35,8 +35,30 @@ class CompiledArtifact(msgspec.Struct, frozen=True, kw_only=True):
     root: str
 
 
+class Variant(msgspec.Struct, frozen=True, kw_only=True):
+    """A cheaper form of a model, served in one of the modes B to D, as `appliancectl model variants build` measured it.
+
+    Attributes:
+        compiled_artifacts: as of the manifest; for mode D the feature extractor, whose outputs are the inputs of the head in the cloud.
+        accuracy: share (0 to 1) of the builder's samples for which the answer was right; None: not measured.
+        latency_ms: one sample, one thread, on the builder's machine; only its ratio to the full model's means something elsewhere.
+        memory_bytes: by how much loading it grew a process on the builder's machine.
+        how: what was done to the full model, in words.
+    """
+
+    compiled_artifacts: dict[Platform, CompiledArtifact]
+    accuracy: float | None = None
+    latency_ms: float | None = None
+    memory_bytes: int | None = None
+    how: str = ""
+
+
 class Manifest(Message, frozen=True, tag="manifest"):
-    """One release of one model; a signed target of the metadata. `token` only ever grows: an older one is refused."""
+    """One release of one model; a signed target of the metadata. `token` only ever grows: an older one is refused.
+
+    `accuracy`, `latency_ms` and `memory_bytes` are those of the full model (see `Variant`). `example_shapes` has for each input the
+    shape of one typical sample without the batch axis: what the device warms up and profiles with.
+    """
 
     limit: ClassVar[int] = 65_536
     model_id: str
@@ -46,6 +68,11 @@ class Manifest(Message, frozen=True, tag="manifest"):
     compiled_artifacts: dict[Platform, CompiledArtifact]
     edge_constraints: EdgeConstraints
     released_at: float
+    accuracy: float | None = None
+    latency_ms: float | None = None
+    memory_bytes: int | None = None
+    example_shapes: dict[str, list[int]] = msgspec.field(default_factory=dict)
+    variants: dict[Mode, Variant] = msgspec.field(default_factory=dict)
 
 
 class Release(Message, frozen=True, tag="release"):

@@ -3,16 +3,16 @@
 1. JSON tensors, and the binary tensor extension: `Inference-Header-Content-Length` bytes of JSON, then the binary tensors in the order
    of the inputs, each `parameters.binary_data_size` long, with nothing between or after them.
 2. Outputs are rendered as asked: `binary_data` of an output, else `binary_data_output` of the request, else JSON.
-3. Tags travel in the request's `parameters`: `priority` (0 highest to 9), `timeout` (microseconds as in Triton; 0 means none) and
-   `accept_degradation`. Unknown parameters are ignored, except those that would change what the answer means (`classification`,
-   shared memory): these are refused.
-4. The answer's `parameters` say `mode` and `model_version`.
+3. Tags travel in the request's `parameters`: `priority` (0 highest to 9), `timeout` (microseconds as in Triton; 0 means none),
+   `latency_slo_ms`, `accept_degradation`, `accept_stale`, `accept_deferral`, `data_residency` and `max_cost_per_inference` (dollars).
+   Unknown parameters are ignored, except those that would change what the answer means (`classification`): these are refused.
+4. The answer's `parameters` say `mode`, `model_version` and `route`, and where there is something to say `confidence`, `why`, `cost`, `stale_age_s`.
 5. Any fault is a TheirsError that names the tensor or the JSON path; no input raises anything else.
 6. Binary inputs are views on the body: whoever keeps them keeps the body.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -44,6 +44,7 @@ MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_ID = 256
 PRIORITIES = range(10)
 _MICROSECONDS = 1e6
+_MOST_SLO_MS = 86_400_000
 _MAX_LENGTH_DIGITS = 12
 _DATATYPES = {str(datatype): datatype for datatype in Datatype}
 _DEFAULT_TAGS = Tags()
@@ -55,6 +56,11 @@ class _Parameters(msgspec.Struct):
     priority: int | None = None
     timeout: int | None = None
     accept_degradation: bool = True
+    accept_stale: bool = False
+    accept_deferral: bool = False
+    latency_slo_ms: float | None = None
+    data_residency: Literal["", "device", "region"] = ""
+    max_cost_per_inference: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
 
 class _InputParameters(msgspec.Struct):
@@ -100,9 +106,14 @@ class _Tensor(msgspec.Struct, omit_defaults=True):
     data: msgspec.Raw | None = None
 
 
-class _Made(msgspec.Struct):
+class _Made(msgspec.Struct, omit_defaults=True):
     mode: str
     model_version: str
+    route: str
+    why: str = ""
+    confidence: float | None = None
+    cost: float | None = None
+    stale_age_s: float | None = None
 
 
 class _Answer(msgspec.Struct, omit_defaults=True):
@@ -249,8 +260,21 @@ def _tags(parameters: _Parameters) -> Tags:
     return Tags(
         priority=_DEFAULT_TAGS.priority if priority is None else priority,
         timeout_s=timeout / _MICROSECONDS if timeout else None,
+        slo_s=None if parameters.latency_slo_ms is None else _slo_s(parameters.latency_slo_ms),
         accept_degradation=parameters.accept_degradation,
+        accept_stale=parameters.accept_stale,
+        accept_deferral=parameters.accept_deferral,
+        data_residency=parameters.data_residency,
+        max_cost=parameters.max_cost_per_inference,
     )
+
+
+def _slo_s(milliseconds: float) -> float:
+    if not 0 < milliseconds < _MOST_SLO_MS:
+        raise TheirsError(
+            "malformed", f"latency_slo_ms is not a number of milliseconds above 0 and below {_MOST_SLO_MS}", where="parameters"
+        )
+    return milliseconds / 1e3
 
 
 def render(answer: Answer, layout: Layout) -> tuple[Mapping[str, str], list[bytes | memoryview]]:
@@ -271,7 +295,8 @@ def render(answer: Answer, layout: Layout) -> tuple[Mapping[str, str], list[byte
             outputs.append(_Tensor(name, datatype, array.shape, _Size(len(data))))
         else:
             outputs.append(_Tensor(name, datatype, array.shape, None, msgspec.Raw(to_json(name, datatype, array))))
-    head = _encode(_Answer(answer.model, answer.version, _Made(answer.mode, answer.version), outputs, answer.id))
+    made = _Made(answer.mode, answer.version, answer.route, answer.why, answer.confidence, answer.cost, answer.age_s)
+    head = _encode(_Answer(answer.model, answer.version, made, outputs, answer.id))
     parts[0] = head
     if len(parts) == 1:
         return _JSON, parts

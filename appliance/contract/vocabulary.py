@@ -32,6 +32,7 @@ class Outcome(StrEnum):
     WORKER_LOST = "worker_lost"
     DRAINING = "draining"
     CANCELLED = "cancelled"
+    DEGRADED = "degraded"
     INTERNAL = "internal"
 
 

@@ -93,7 +93,7 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
         fill_wait_s=settings.serve.fill_wait_ms / 1e3,
         timeout_s=settings.serve.batch_deadline_s,
     )
-    board = open_board(settings, clock, serving.load)
+    board = open_board(settings, clock, serving.busy)
     link = await _link(settings, stack)
     depot, tpm = Depot(state / "depot"), EsysTpm(settings.trust.tcti)
     stack.callback(depot.close)

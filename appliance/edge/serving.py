@@ -136,7 +136,7 @@ class Serving:
             max_batch=stand.backlog.max_batch,
         )
 
-    def load(self) -> float:
+    def busy(self) -> float:
         """The share (0..1) of workers that run a batch now."""
         return min(1.0, sum(sum(stand.running.values()) for stand in self._stands.values()) / self._workers)
 

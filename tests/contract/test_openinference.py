@@ -167,7 +167,7 @@ def test_an_answer_says_who_made_it() -> None:
         "id": "7",
         "model_name": "m",
         "model_version": "3",
-        "parameters": {"mode": "C", "model_version": "3"},
+        "parameters": {"mode": "C", "model_version": "3", "route": "edge"},
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [1], "data": [0.0]}],
     }
     assert "id" not in json.loads(b"".join(render(Answer("", "m", "3", {}, Mode.FULL), Layout())[1]))
