@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from appliance.contract.attest import Approval, Challenge, EnrolAsk, EnrolChallenge, Enrolled, EnrolProof, Evidence
-from appliance.contract.inference import Answer, Array, Request, Signature
+from appliance.contract.inference import Answer, Array, Request, Signature, Tags
 from appliance.contract.models import CompiledArtifact, Manifest, Release
 from appliance.contract.vitals import BoardReading
 from appliance.contract.vocabulary import Platform
@@ -214,6 +214,19 @@ class Engine(Protocol):
 
     async def unload(self, key: str) -> None:
         """Forget a model and return its memory."""
+
+
+class Upstream(Protocol):
+    """The way to the same models in the cloud, while it is open."""
+
+    def allows(self, tags: Tags) -> bool:
+        """Whether a request with these tags may go there now: the route is up, and nothing forbids it."""
+
+    async def infer(self, request: Request, within_s: float) -> Answer:
+        """Answer by the full model in the cloud; returns within the time, always.
+
+        Raises: WorldError (`partitioned`, `deadline`, `backlog_full`), TheirsError with the cloud's reason.
+        """
 
 
 class Notifier(Protocol):

@@ -25,14 +25,20 @@ class Metric:
 
     @property
     def unit(self) -> str:
-        """`seconds`, `ratio`, or empty for a count and for a state."""
+        """`seconds`, `bytes`, `ratio`, or empty for a count and for a state."""
         last = self.name.rpartition("_")[2]
-        return last if last in {"seconds", "ratio"} else ""
+        return last if last in {"seconds", "bytes", "ratio"} else ""
 
 
 METRICS = (
     Metric("inference_latency_seconds", "histogram", "Seconds from arrival to answer.", ("model", "mode")),
     Metric("inference_requests_total", "counter", "Requests by what became of them.", ("model", "reason")),
+    Metric("inference_mode", "gauge", "1 for the mode in which a model is served, 0 for the others.", ("model", "mode")),
+    Metric("mode_changes_total", "counter", "Changes of mode, by the pressure that made them.", ("model", "before", "after", "cause")),
+    Metric("pressure_ratio", "gauge", "How close to its limit: 0.85 is high, 0.95 critical.", ("kind",)),
+    Metric("batch_limit", "gauge", "The largest batch that heat allows now.", ("model",)),
+    Metric("worker_losses_total", "counter", "Inference processes that were lost, by cause.", ("cause",)),
+    Metric("worker_memory_bytes", "gauge", "Memory of an inference process (PSS), and of its shared tensors.", ("worker", "kind")),
     Metric("batch_utilization_ratio", "gauge", "Share of the largest batch that the last batch filled.", ("model",)),
     Metric("vram_fragmentation_ratio", "gauge", "Share of the device memory that is free but cannot be allocated."),
     Metric("thermal_throttle_events_total", "counter", "How often the clock was lowered, by cause.", ("cause",)),
@@ -81,6 +87,34 @@ class Meter:
         """A hop is in this state now."""
         for each in LinkState:
             self._gauge("partition_state").labels(hop, each.value).set(float(each is state))
+
+    def mode(self, model: str, mode: Mode) -> None:
+        """A model is served in this mode now."""
+        for each in Mode:
+            self._gauge("inference_mode").labels(model, each.value).set(float(each is mode))
+
+    def shifted(self, model: str, before: Mode, after: Mode, cause: str) -> None:
+        """A model's mode changed, by this kind of pressure."""
+        self._family("mode_changes_total", Counter).labels(model, before.value, after.value, cause).inc()
+
+    def pressed(self, kind: str, ratio: float) -> None:
+        """A pressure, 0 to 1."""
+        self._gauge("pressure_ratio").labels(kind).set(ratio)
+
+    def limited(self, model: str, batch: int) -> None:
+        """The largest batch that heat allows a model now."""
+        self._gauge("batch_limit").labels(model).set(batch)
+
+    def lost(self, cause: str) -> None:
+        """An inference process was lost."""
+        self._family("worker_losses_total", Counter).labels(cause).inc()
+
+    def worker(self, number: int, pss_bytes: int | None, arena_bytes: int) -> None:
+        """What an inference process holds now."""
+        family = self._gauge("worker_memory_bytes")
+        family.labels(str(number), "arena").set(arena_bytes)
+        if pss_bytes is not None:
+            family.labels(str(number), "pss").set(pss_bytes)
 
     def throttled(self, cause: str) -> None:
         """The clock was lowered once, by this cause."""

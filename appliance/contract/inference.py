@@ -1,6 +1,6 @@
 """What is asked of a model and what comes back, independent of any wire format."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,7 +73,10 @@ class Tags:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One inference request. `inputs` maps input names to arrays whose axis 0 is the caller's own batch."""
+    """One inference request. `inputs` maps input names to arrays whose axis 0 is the caller's own batch.
+
+    `caller` tells callers apart (a connection, a peer), so that one who repeats refused requests cannot starve the others.
+    """
 
     id: str
     model: str
@@ -81,6 +84,7 @@ class Request:
     version: str = ""
     outputs: tuple[str, ...] = ()
     tags: Tags = field(default_factory=Tags)
+    caller: Hashable = None
 
 
 @dataclass(frozen=True, slots=True)

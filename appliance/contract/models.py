@@ -43,6 +43,7 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
         accuracy: share (0 to 1) of the builder's samples for which the answer was right; None: not measured.
         latency_ms: one sample, one thread, on the builder's machine; only its ratio to the full model's means something elsewhere.
         memory_bytes: by how much loading it grew a process on the builder's machine.
+        flops, activation_bytes: operations and moved bytes of one sample of `example_shapes`: the roofline's first guess on a new board.
         how: what was done to the full model, in words.
     """
 
@@ -50,13 +51,15 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: float | None = None
     latency_ms: float | None = None
     memory_bytes: int | None = None
+    flops: float | None = None
+    activation_bytes: float | None = None
     how: str = ""
 
 
 class Manifest(Message, frozen=True, tag="manifest"):
     """One release of one model; a signed target of the metadata. `token` only ever grows: an older one is refused.
 
-    `accuracy`, `latency_ms` and `memory_bytes` are those of the full model (see `Variant`). `example_shapes` has for each input the
+    `accuracy` to `activation_bytes` are those of the full model (see `Variant`). `example_shapes` has for each input the
     shape of one typical sample without the batch axis: what the device warms up and profiles with.
     """
 
@@ -71,6 +74,8 @@ class Manifest(Message, frozen=True, tag="manifest"):
     accuracy: float | None = None
     latency_ms: float | None = None
     memory_bytes: int | None = None
+    flops: float | None = None
+    activation_bytes: float | None = None
     example_shapes: dict[str, list[int]] = msgspec.field(default_factory=dict)
     variants: dict[Mode, Variant] = msgspec.field(default_factory=dict)
 

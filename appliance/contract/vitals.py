@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import msgspec
+
 from appliance.contract.codec import Message
 from appliance.contract.vocabulary import LinkState, Mode
 
@@ -44,7 +46,8 @@ class BoardReading:
 class Vitals(Message, frozen=True, tag="vitals"):
     """A device's heartbeat: `seq` counts from 1 after each start, `interval_s` says when the next one is due.
 
-    Latencies are of the last 30 s, in milliseconds; counters are since start. None means not measured.
+    Latencies are of the last 30 s, in milliseconds; counters are since start. None means not measured. `mode` is the least of
+    `modes`, which has one for each model; `why` says what made it.
     """
 
     limit: ClassVar[int] = 4_096
@@ -65,6 +68,8 @@ class Vitals(Message, frozen=True, tag="vitals"):
     memory_used_bytes: int
     memory_total_bytes: int
     rotations: int
+    modes: dict[str, Mode] = msgspec.field(default_factory=dict)
+    why: str = ""
 
 
 class Event(Message, frozen=True, tag="event"):

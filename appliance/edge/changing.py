@@ -6,8 +6,9 @@ beyond the key.
 """
 
 import asyncio
+import functools
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -16,11 +17,12 @@ import structlog
 from appliance.contract import topics
 from appliance.contract.codec import decode, encode
 from appliance.contract.errors import ApplianceError, TheirsError, WorldError
-from appliance.contract.models import Manifest, Release
-from appliance.contract.vocabulary import Platform
+from appliance.contract.models import CompiledArtifact, Manifest, Release
+from appliance.contract.vocabulary import Mode, Platform
 from appliance.core.trust.fencing import Fence, fingerprint, unpack
 from appliance.daily.pulling import Pull
 from appliance.edge.serving import Serving
+from appliance.edge.stand import Form
 from appliance.edge.trusting import Trusting
 from appliance.ports import Board, Clock, Depot, Inbound, Link, Metadata, Weights
 
@@ -141,33 +143,28 @@ class Changing:
 
     async def _install(self, manifest: Manifest, moved: Callable[[], None]) -> None:
         admitted = self._fence().admit(manifest.model_id, manifest.token, fingerprint(manifest))
-        platform = self._platform(manifest)
+        self._check_memory(manifest)
+        offered = {Mode.FULL: manifest.compiled_artifacts} | {
+            mode: variant.compiled_artifacts for mode, variant in manifest.variants.items() if mode is not Mode.CLOUD
+        }
+        chosen = {mode: _choose(artifacts, manifest.model_id) for mode, artifacts in sorted(offered.items())}
         await asyncio.to_thread(self._corridor.depot.save, FENCE_FILE, admitted.pack())
-        artifact = manifest.compiled_artifacts[platform]
-        path = await Pull(self._link, self._corridor.depot, self._clock, self._topic, artifact, moved=moved).run()
-        key = await self._trusting.data_key(artifact.container_sha256)
-        opened = await asyncio.to_thread(self._corridor.weights.open, path, artifact, key)
-        descriptors = [opened]
-
-        def weights() -> int:
-            return descriptors.pop() if descriptors else self._corridor.weights.open(path, artifact, key)
-
-        try:
-            await self._serving.mount(manifest, platform, weights)
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+        forms = {}
+        for mode, (platform, artifact) in chosen.items():
+            path = await Pull(self._link, self._corridor.depot, self._clock, self._topic, artifact, moved=moved).run()
+            key = await self._trusting.data_key(artifact.container_sha256)
+            weights = functools.partial(self._corridor.weights.open, path, artifact, key)
+            os.close(await asyncio.to_thread(weights))  # what does not open is refused now, and not when heat asks for it
+            accuracy = manifest.accuracy if mode is Mode.FULL else manifest.variants[mode].accuracy
+            forms[mode] = Form(platform, weights, accuracy)
+        await self._serving.mount(manifest, forms)
         await asyncio.to_thread(self._keep, manifest)
 
-    def _platform(self, manifest: Manifest) -> Platform:
+    def _check_memory(self, manifest: Manifest) -> None:
         needed = manifest.edge_constraints.min_vram_gb
         present = self._corridor.board.read().memory_total_bytes / GIB
         if present < needed:
             raise TheirsError("too_large", f"needs {needed:g} GiB of memory, this board has {present:.1f}", where=manifest.model_id)
-        for platform in PREFERENCE:
-            if platform in manifest.compiled_artifacts:
-                return platform
-        raise TheirsError("platform", f"compiled for {', '.join(manifest.compiled_artifacts)} only", where=manifest.model_id)
 
     def _keep(self, manifest: Manifest) -> None:
         """Remember what serves; drop the ciphertext that nothing refers to any more."""
@@ -175,8 +172,8 @@ class Changing:
         before = shelf.get(manifest.model_id)
         shelf[manifest.model_id] = manifest
         self._corridor.depot.save(SHELF_FILE, msgspec.json.encode([encode(kept).decode() for kept in shelf.values()]))
-        used = {artifact.container_sha256 for kept in shelf.values() for artifact in kept.compiled_artifacts.values()}
-        for artifact in before.compiled_artifacts.values() if before else ():
+        used = {artifact.container_sha256 for kept in shelf.values() for artifact in _artifacts(kept)}
+        for artifact in _artifacts(before) if before else ():
             if artifact.container_sha256 not in used:
                 self._corridor.depot.drop(artifact.container_sha256)
                 self._corridor.depot.forget(f"key-{artifact.container_sha256[:32]}.json")
@@ -189,3 +186,18 @@ class Changing:
     def _fence(self) -> Fence:
         kept = self._corridor.depot.load(FENCE_FILE)
         return unpack(kept) if kept else Fence()
+
+
+def _choose(artifacts: Mapping[Platform, CompiledArtifact], model: str) -> tuple[Platform, CompiledArtifact]:
+    """The artifact for the platform that this device prefers. Raises: TheirsError (`platform`)."""
+    for platform in PREFERENCE:
+        if platform in artifacts:
+            return platform, artifacts[platform]
+    raise TheirsError("platform", f"compiled for {', '.join(artifacts)} only", where=model)
+
+
+def _artifacts(manifest: Manifest) -> Iterator[CompiledArtifact]:
+    """Every artifact of a release, in whatever mode."""
+    yield from manifest.compiled_artifacts.values()
+    for variant in manifest.variants.values():
+        yield from variant.compiled_artifacts.values()

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import functools
 import os
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from appliance.adapters.board_generic import GenericBoard
@@ -15,6 +17,7 @@ from appliance.adapters.board_jetson import JetsonBoard
 from appliance.adapters.board_sim import ReplayBoard, SimBoard
 from appliance.adapters.clock import SystemClock
 from appliance.adapters.depot import Depot
+from appliance.adapters.inference.changes import Change, Lost
 from appliance.adapters.inference.workers import Workers
 from appliance.adapters.ingress import Ingress
 from appliance.adapters.metadata import TrustedMetadata
@@ -28,12 +31,17 @@ from appliance.adapters.tpm import EsysTpm
 from appliance.contract import identities, topics
 from appliance.contract.errors import WorldError
 from appliance.core.serve import tegrastats
+from appliance.core.serve.board import parse_board
+from appliance.core.serve.degradation import DegradationSettings
 from appliance.daily.pulse import Pulse
 from appliance.daily.service import serve
 from appliance.edge.changing import Changing, Corridor
+from appliance.edge.guarding import Guarding
+from appliance.edge.lane import Hands, Pool
 from appliance.edge.reaching import Reaching
 from appliance.edge.serving import Serving
 from appliance.edge.settings import Edge
+from appliance.edge.stand import Policy
 from appliance.edge.tally import Tally
 from appliance.edge.trusting import Trusting
 from appliance.ports import Board
@@ -72,6 +80,7 @@ class Life:
     clock: SystemClock
     link: MqttLink
     serving: Serving
+    guarding: Guarding
     trusting: Trusting
     changing: Changing
     reaching: Reaching
@@ -84,15 +93,15 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
     meter = Meter(clock.wall)
     device, region, state = settings.device.name, settings.device.region, Path(settings.device.state_dir)
     tally = Tally(meter, clock)
-    serving = Serving(
-        await _engine(settings, stack),
-        clock,
-        tally,
-        workers=settings.serve.workers,
-        max_batch=settings.serve.max_batch,
-        fill_wait_s=settings.serve.fill_wait_ms / 1e3,
-        timeout_s=settings.serve.batch_deadline_s,
-    )
+
+    def told(change: Change) -> None:
+        if isinstance(change, Lost):
+            meter.lost(change.cause)
+            if change.delay_s:
+                guarding.restarts_spent(change.delay_s)
+
+    engine = await _engine(settings, stack, told)
+    serving, policy = await _serving(settings, engine, clock, tally)
     board = open_board(settings, clock, serving.busy)
     link = await _link(settings, stack)
     depot, tpm = Depot(state / "depot"), EsysTpm(settings.trust.tcti)
@@ -107,9 +116,18 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
     root = await asyncio.to_thread(_read, Path(settings.trust.tuf_root), "trust.tuf_root")
     corridor = Corridor(TrustedMetadata(state / "metadata", root), depot, Sealed(), board)
     changing = Changing(link, clock, corridor, trusting, serving, tell=reaching.tell, region=region, device=device)
-    ingress = await _ingress(settings, serving, meter, (reaching, tally))
+    guarding = Guarding(
+        board,
+        serving,
+        clock,
+        meter,
+        tell=reaching.tell,
+        interval_s=settings.board.interval_s,
+        gpu_budget_bytes=policy.board.memory_budget_bytes if policy.board else None,
+    )
+    ingress = await _ingress(settings, serving, functools.partial(_exposition, engine, meter), (reaching, tally))
     stack.push_async_callback(ingress.close)
-    return Life(clock, link, serving, trusting, changing, reaching, ingress)
+    return Life(clock, link, serving, guarding, trusting, changing, reaching, ingress)
 
 
 async def _live(life: Life, settings: Edge, notifier: ServiceManager, stop: asyncio.Event) -> None:
@@ -122,6 +140,7 @@ async def _live(life: Life, settings: Edge, notifier: ServiceManager, stop: asyn
             group.create_task(loop.run(functools.partial(pulse.moved, name)), name=name)
             for name, loop in (
                 ("serving", life.serving),
+                ("guarding", life.guarding),
                 ("trusting", life.trusting),
                 ("changing", life.changing),
                 ("reaching", life.reaching),
@@ -170,17 +189,34 @@ async def _link(settings: Edge, stack: contextlib.AsyncExitStack) -> MqttLink:
     )
 
 
-async def _engine(settings: Edge, stack: contextlib.AsyncExitStack) -> Workers:
+async def _engine(settings: Edge, stack: contextlib.AsyncExitStack, told: Callable[[Change], None]) -> Workers:
     threads = settings.serve.threads or max(1, (os.cpu_count() or 1) // settings.serve.workers)
-    engine = Workers(size=settings.serve.workers, threads=threads, batch_deadline_s=settings.serve.batch_deadline_s)
+    engine = Workers(size=settings.serve.workers, threads=threads, batch_deadline_s=settings.serve.batch_deadline_s, on_change=told)
     stack.push_async_callback(engine.close)
     return engine
 
 
-async def _ingress(settings: Edge, serving: Serving, meter: Meter, counted: tuple[Reaching, Tally]) -> Ingress:
+async def _serving(settings: Edge, engine: Workers, clock: SystemClock, tally: Tally) -> tuple[Serving, Policy]:
+    """The desk, and the policy of its stands. Raises: WorldError (`unreadable`), TheirsError (`board_profile`)."""
+    serve, path = settings.serve, settings.board.profile
+    board = parse_board(tomllib.loads((await asyncio.to_thread(_read, Path(path), "board.profile")).decode()), path) if path else None
+    times = DegradationSettings(**msgspec.structs.asdict(settings.modes))
+    policy = Policy(serve.max_batch, times, serve.standby, board)
+    hands = Hands(engine, clock, tally, Pool(serve.workers), serve.slo_ms / 1e3, serve.fill_wait_ms / 1e3)
+    return Serving(hands, policy, timeout_s=serve.batch_deadline_s, stale_bytes=serve.stale_mib << 20), policy
+
+
+def _exposition(engine: Workers, meter: Meter) -> bytes:
+    """The metrics, with what the inference processes hold now."""
+    for worker in engine.stats():
+        meter.worker(worker.worker, worker.pss_bytes, worker.arena_bytes)
+    return meter.render()
+
+
+async def _ingress(settings: Edge, serving: Serving, metrics: Callable[[], bytes], counted: tuple[Reaching, Tally]) -> Ingress:
     reaching, tally = counted
     socket = Path(settings.device.runtime_dir) / settings.serve.socket if settings.serve.socket else None
     limit = settings.serve.body_limit_mib << 20
-    ingress = Ingress(serving, metrics=meter.render, status=reaching.vitals, body_limit_bytes=limit, refused=tally.failed)
+    ingress = Ingress(serving, metrics=metrics, status=reaching.vitals, body_limit_bytes=limit, refused=tally.failed)
     await ingress.start(settings.serve.host, settings.serve.port, socket)
     return ingress

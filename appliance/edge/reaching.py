@@ -85,6 +85,8 @@ class Reaching:
             memory_used_bytes=reading.memory_total_bytes - reading.memory_available_bytes,
             memory_total_bytes=reading.memory_total_bytes,
             rotations=self._link.rotations,
+            modes={stand.name: stand.mode for stand in self._serving.stands},
+            why=max(((stand.mode, stand.why) for stand in self._serving.stands), default=("", ""))[1],
         )
 
     def _reading(self) -> BoardReading:

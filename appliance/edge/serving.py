@@ -1,110 +1,85 @@
-"""Serving: joins the backlog and the batcher (which think) to the engine (which runs); the ingress asks it and nobody else.
+"""Serving: the desk behind the ingress. It finds the model, the mode and the place for a request, and tells every caller.
 
-A model is mounted under its name; the mounted version is one reference that is swapped between batches, so a new version takes over
-without a gap and the old one is unloaded when its last batch has returned.
+Where this device cannot answer in time, a request goes on by its tags: to a lesser mode that is loaded, to the cloud, to an older answer.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import inf
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import structlog
 
-from appliance.contract.admission import check
-from appliance.contract.errors import ApplianceError, TheirsError, WorldError
-from appliance.contract.inference import Answer, Array, Request, Signature
+from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
+from appliance.contract.inference import Answer, Request
 from appliance.contract.models import Manifest
-from appliance.contract.vocabulary import Mode, Outcome, Platform
-from appliance.core.serve.backlog import Backlog, Refused
-from appliance.core.serve.batching import Batcher, Dispatch, Wait
-from appliance.core.serve.waitlist import Entry
-from appliance.edge.tally import Tally
-from appliance.ports import Clock, Engine, ModelCard
+from appliance.contract.vocabulary import Mode, Outcome
+from appliance.core.serve.fallback import Fallback
+from appliance.edge.lane import Hands, Lane
+from appliance.edge.stand import Form, Policy, Stand
+from appliance.ports import ModelCard, Upstream
 
 TICK_S = 1.0
-
-
-@dataclass(slots=True)
-class Waiting:
-    """One admitted request and the future that its caller awaits."""
-
-    request: Request
-    arrived_s: float
-    answer: "asyncio.Future[Answer]"
-
-
-@dataclass(frozen=True, slots=True)
-class Mounted:
-    """One loaded version of a model."""
-
-    key: str
-    manifest: Manifest
-    signature: Signature
-    batchable: bool
-
-
-@dataclass(slots=True)
-class Stand:
-    """Everything about one model name: what is mounted, who waits, what runs."""
-
-    mounted: Mounted
-    backlog: Backlog[Waiting]
-    batcher: Batcher
-    running: dict[str, int] = field(default_factory=dict)
-    timer: asyncio.TimerHandle | None = None
+MOVABLE = frozenset({"backlog_full", "deadline", "degraded", "worker_lost"})
+"""Refusals after which another place may still answer."""
+SLO_STRETCH = 1.5
+"""An answer may take so many times the SLO that a caller named, where it set no time-out (issue 5: EDGE_CONSTRAINED)."""
 
 
 class Serving:
-    """The desk behind the ingress. All times are the clock's monotonic seconds."""
+    """All models of this device. All times are the clock's monotonic seconds; `timeout_s` is the wall for a request that names none."""
 
-    def __init__(
-        self, engine: Engine, clock: Clock, tally: Tally, *, workers: int, max_batch: int, fill_wait_s: float, timeout_s: float
-    ) -> None:
-        self._engine = engine
-        self._clock = clock
-        self._tally = tally
-        self._workers = workers
-        self._max_batch = max_batch
-        self._fill_wait_s = fill_wait_s
+    def __init__(self, hands: Hands, policy: Policy, *, timeout_s: float, stale_bytes: int = 0, upstream: Upstream | None = None) -> None:
+        self._hands = hands
+        self._policy = policy
         self._timeout_s = timeout_s
+        self._upstream = upstream
+        self._stale: Fallback[Answer] = Fallback(stale_bytes)
         self._stands: dict[str, Stand] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._shelved: dict[str, tuple[Manifest, Mapping[Mode, Form]]] = {}
         self._draining = False
         self._log = structlog.get_logger()
-        self.mode = Mode.FULL
 
-    async def mount(self, manifest: Manifest, platform: Platform, weights: Callable[[], int]) -> None:
+    @property
+    def stands(self) -> Sequence[Stand]:
+        """Every model that is served."""
+        return tuple(self._stands.values())
+
+    @property
+    def mode(self) -> Mode:
+        """The least mode of all models."""
+        return max((stand.mode for stand in self._stands.values()), default=Mode.FULL)
+
+    async def mount(self, manifest: Manifest, forms: Mapping[Mode, Form]) -> None:
         """Load a version beside the one that serves, then swap; on failure the old one keeps serving.
 
-        Raises: TheirsError (`model`), WorldError (`worker_lost`).
+        Raises: TheirsError (`model`), WorldError (`worker_lost`, `memory`).
         """
-        key = f"{manifest.model_id}@{manifest.version}"
-        loaded = await self._engine.load(key, platform, weights)
-        batchable = all(spec.shape[:1] == (-1,) for spec in (*loaded.signature.inputs, *loaded.signature.outputs))
-        mounted = Mounted(key, manifest, loaded.signature, batchable)
-        limit = min(self._max_batch, manifest.edge_constraints.max_batch_size) if batchable else 1
-        stand = self._stands.get(manifest.model_id)
-        if stand is None or stand.backlog.max_batch != limit:
-            fresh = Stand(mounted, Backlog(limit), Batcher(fill_wait_s=self._fill_wait_s))
-            self._stands[manifest.model_id] = fresh
-            if stand is not None:
-                self._spawn(self._retire(stand, stand.mounted.key, drain=True))
-        else:
-            old, stand.mounted = stand.mounted, mounted
-            if old.key != key:
-                self._spawn(self._retire(stand, old.key, drain=False))
-        self._tally.mounted(manifest)
-        self._log.info("model_mounted", model=manifest.model_id, version=manifest.version, platform=platform, max_batch=limit)
+        stand = Stand(manifest, forms, self._hands, self._policy, cloud=self._upstream is not None)
+        await stand.open(stand.mode, thorough=True)
+        before = self._stands.get(manifest.model_id)
+        self._stands[manifest.model_id] = stand
+        self._shelved[manifest.model_id] = (manifest, forms)
+        self._stale.clear()
+        if before is not None:
+            before.retire()
+        self._hands.tally.mounted(manifest)
+        try:
+            await stand.ready_standby()
+        except ApplianceError as error:  # a comfort, not a condition
+            self._log.warning("standby_not_loaded", model=stand.name, reason=error.reason, what=str(error))
 
-    async def _retire(self, stand: Stand, key: str, *, drain: bool) -> None:
-        """Unload an old version once nothing waits for it and nothing runs on it."""
-        while stand.running.get(key) or (drain and stand.backlog.waiting):
-            self._pump(stand)
-            await asyncio.sleep(0.05)
-        await self._engine.unload(key)
-        self._log.info("model_retired", key=key)
+    async def load(self, model: str) -> None:
+        """Serve a model again that was unloaded, or load it anew. Raises: TheirsError (`unknown_model`, `model`), WorldError."""
+        known = self._shelved.get(model)
+        if known is None:
+            raise TheirsError("unknown_model", f"no model {model!r} was released to this device", remedy="publish it in the cloud")
+        await self.mount(*known)
+
+    async def unload(self, model: str) -> None:
+        """Stop serving a model until `load` or its next release. Raises: TheirsError (`unknown_model`)."""
+        self._find(model, "")
+        self._stands.pop(model).retire()
+        self._log.info("model_unloaded", model=model)
 
     def live(self) -> bool:
         """Whether the process can answer at all."""
@@ -121,73 +96,86 @@ class Serving:
         return "" if self._stands else "no model has been opened yet; the log says what it waits for"
 
     def models(self) -> Sequence[str]:
-        """The names of all mounted models."""
+        """The names of all models that are served."""
         return sorted(self._stands)
 
     def describe(self, model: str, version: str) -> ModelCard:
         """What a model takes and gives. Raises: TheirsError (`unknown_model`)."""
         stand = self._find(model, version)
-        manifest = stand.mounted.manifest
-        return ModelCard(
-            name=model,
-            versions=(manifest.version,),
-            signature=stand.mounted.signature,
-            ready=not self._draining,
-            max_batch=stand.backlog.max_batch,
-        )
+        if stand.signature is None:
+            raise OursError("stand", f"{model} is served, and was never opened")
+        versions = (stand.manifest.version,)
+        return ModelCard(name=model, versions=versions, signature=stand.signature, ready=not self._draining, max_batch=stand.limit)
 
     def busy(self) -> float:
         """The share (0..1) of workers that run a batch now."""
-        return min(1.0, sum(sum(stand.running.values()) for stand in self._stands.values()) / self._workers)
+        pool = self._hands.pool
+        return min(1.0, pool.busy / pool.size)
 
     def versions(self) -> Mapping[str, str]:
         """The mounted version of each model."""
-        return {name: stand.mounted.manifest.version for name, stand in self._stands.items()}
+        return {name: stand.manifest.version for name, stand in self._stands.items()}
 
     async def infer(self, request: Request) -> Answer:
         """Answer one request, or say by whose fault not; returns by the request's deadline, always.
 
-        Raises: TheirsError (malformed family, `unknown_model`), WorldError (`backlog_full`, `deadline`, `worker_lost`, `not_ready`, `draining`).
+        Raises: TheirsError (malformed family, `unknown_model`),
+        WorldError (`backlog_full`, `deadline`, `degraded`, `worker_lost`, `not_ready`, `draining`).
         """
-        arrived = self._clock.monotonic()
+        arrived = self._hands.clock.monotonic()
         model = request.model if request.model in self._stands else "-"
         try:
-            answer = await self._admitted(request, arrived)
+            answer = await self._answered(request, arrived)
         except ApplianceError as error:
-            self._tally.failed(model, _outcome(error))
+            self._hands.tally.failed(model, _outcome(error))
             raise
         except asyncio.CancelledError:
-            self._tally.failed(model, Outcome.CANCELLED)
+            self._hands.tally.failed(model, Outcome.CANCELLED)
             raise
-        self._tally.answered(model, self.mode, self._clock.monotonic() - arrived)
+        self._hands.tally.answered(model, answer.mode, self._hands.clock.monotonic() - arrived)
         return answer
 
-    async def _admitted(self, request: Request, arrived: float) -> Answer:
+    async def _answered(self, request: Request, arrived: float) -> Answer:
         if self._draining:
             raise WorldError("draining", "the daemon is stopping", remedy="ask again in a few seconds", retry_after_s=2.0)
         stand = self._find(request.model, request.version)
-        check(request, stand.mounted.signature, stand.backlog.max_batch)
-        waiting = Waiting(request, arrived, asyncio.get_running_loop().create_future())
-        limit_s = min(request.tags.timeout_s or self._timeout_s, self._timeout_s)
-        first = next(iter(request.inputs.values()))
-        offered = stand.backlog.offer(
-            waiting,
-            arrived,
-            deadline=arrived + limit_s,
-            size=first.shape[0] if stand.mounted.batchable else 1,
-            shape=_shape(request),
-            priority=request.tags.priority,
-        )
-        if isinstance(offered, Refused):
-            raise _refusal(offered.reason, offered.retry_after_s)
-        for entry in offered.displaced:
-            _fail(entry, _refusal(Outcome.BACKLOG_FULL, stand.backlog.retry_after_s(arrived)))
-        self._pump(stand)
+        stand.offered += 1
+        if not request.tags.accept_stale:
+            return await self._fresh(stand, request, arrived)
+        key = _key(request)
         try:
-            return await waiting.answer
-        except asyncio.CancelledError:
-            stand.backlog.cancel(offered.ticket)
-            raise
+            answer = await self._fresh(stand, request, arrived)
+        except WorldError:
+            old = self._stale.find(key, self._hands.clock.monotonic())
+            if old is None:
+                raise
+            kept = old.answer
+            return Answer(
+                request.id, kept.model, kept.version, kept.outputs, kept.mode, "no fresh answer", old.confidence, "stale", 0.0, old.age_s
+            )
+        size = sum(array.nbytes for array in answer.outputs.values())
+        confidence = 1.0 if answer.confidence is None else answer.confidence
+        self._stale.keep(key, answer, size, confidence, self._hands.clock.monotonic())
+        return answer
+
+    async def _fresh(self, stand: Stand, request: Request, arrived: float) -> Answer:
+        """Answer here, or go on to the cloud where that is allowed."""
+        tags = request.tags
+        wall_s = tags.timeout_s or (tags.slo_s * SLO_STRETCH if tags.slo_s else self._timeout_s)
+        deadline = arrived + min(wall_s, self._timeout_s)
+        failed: ApplianceError | None = None
+        for lane in stand.places(tags):
+            try:
+                return await lane.infer(request, arrived, deadline)
+            except WorldError as error:
+                failed = error
+                if error.reason not in MOVABLE:
+                    raise
+        stand.refused += failed is not None and failed.reason == "backlog_full"
+        left = deadline - self._hands.clock.monotonic()
+        if self._upstream is not None and left > 0 and self._upstream.allows(tags):
+            return await self._upstream.infer(request, left)
+        raise failed or _lesser(stand)
 
     def _find(self, model: str, version: str) -> Stand:
         stand = self._stands.get(model)
@@ -196,117 +184,51 @@ class Serving:
                 raise WorldError("not_ready", self.why_not_ready(), where=model, retry_after_s=1.0)
             known = ", ".join(self.models())
             raise TheirsError("unknown_model", f"no model is called {model!r}", remedy=f"models here: {known}")
-        present = stand.mounted.manifest.version
+        present = stand.manifest.version
         if version and version != present:
             raise TheirsError("unknown_model", f"version {version!r} is not here", where=model, remedy=f"the version here is {present!r}")
         return stand
-
-    def _pump(self, stand: Stand) -> None:
-        """Expire, dispatch, and set the next timer: called on every arrival, return and timer."""
-        now = self._clock.monotonic()
-        for entry in stand.backlog.expire(now):
-            _fail(entry, _refusal(Outcome.DEADLINE, None))
-        until = inf
-        while True:
-            idle = self._workers - sum(stand.running.values())
-            decision = stand.batcher.next_batch(stand.backlog, now, idle)
-            if not isinstance(decision, Dispatch):
-                until = decision.until if isinstance(decision, Wait) else inf
-                break
-            mounted = stand.mounted
-            stand.running[mounted.key] = stand.running.get(mounted.key, 0) + 1
-            self._spawn(self._run(stand, mounted, decision))
-        self._set_timer(stand, min(until, stand.backlog.deadline() or inf), now)
-
-    def _set_timer(self, stand: Stand, at: float, now: float) -> None:
-        if stand.timer is not None:
-            stand.timer.cancel()
-            stand.timer = None
-        if at != inf:
-            stand.timer = asyncio.get_running_loop().call_later(max(at - now, 0.0), self._pump, stand)
-
-    async def _run(self, stand: Stand, mounted: Mounted, batch: Dispatch[Waiting]) -> None:
-        """Run one batch and tell every caller, whatever happens."""
-        requests = [entry.item.request for entry in batch.entries]
-        try:
-            outputs = await self._engine.run(mounted.key, _join(requests, batch.pad_to - batch.samples), ())
-        except ApplianceError as error:
-            for entry in batch.entries:
-                _fail(entry, error)
-        else:
-            self._tally.batch(requests[0].model, batch.samples / stand.backlog.max_batch)
-            self._tell(mounted, batch, outputs)
-        finally:
-            stand.backlog.done(batch.number)
-            stand.running[mounted.key] -= 1
-            for entry in batch.entries:
-                _fail(entry, WorldError("internal", "the batch ended without an answer"))
-            self._pump(stand)
-
-    def _tell(self, mounted: Mounted, batch: Dispatch[Waiting], outputs: Mapping[str, Array]) -> None:
-        start = 0
-        for entry in batch.entries:
-            request, stop = entry.item.request, start + entry.size
-            wanted = request.outputs or tuple(outputs)
-            parts = {name: outputs[name][start:stop] if mounted.batchable else outputs[name] for name in wanted}
-            start = stop
-            if not entry.item.answer.done():
-                entry.item.answer.set_result(Answer(request.id, request.model, mounted.manifest.version, parts, self.mode))
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def run(self, moved: Callable[[], None]) -> None:
         """Tick: expire what a lost timer might have left, and prove that this loop moves; ends only by cancellation."""
         while True:
             moved()
-            for stand in tuple(self._stands.values()):
-                self._pump(stand)
+            for lane in self._lanes():
+                lane.pump()
             await asyncio.sleep(TICK_S)
 
     async def drain(self, within_s: float) -> None:
         """Take nothing new, answer what was admitted, and return when that is done or the time is over."""
         self._draining = True
-        deadline = self._clock.monotonic() + within_s
-        while any(len(stand.backlog) or any(stand.running.values()) for stand in self._stands.values()):
-            if self._clock.monotonic() >= deadline:
+        deadline = self._hands.clock.monotonic() + within_s
+        while not all(lane.idle for lane in self._lanes()):
+            if self._hands.clock.monotonic() >= deadline:
                 break
             await asyncio.sleep(0.01)
-        for stand in self._stands.values():
-            if stand.timer is not None:
-                stand.timer.cancel()
+        for lane in self._lanes():
+            lane.close()
+
+    def _lanes(self) -> list[Lane]:
+        return list(self._hands.pool.lanes)
 
 
-def _shape(request: Request) -> tuple[tuple[str, tuple[int, ...], str], ...]:
-    return tuple(sorted((name, array.shape[1:], array.dtype.str) for name, array in request.inputs.items()))
+def _key(request: Request) -> bytes:
+    """The hash of model and inputs under which an answer is kept for callers who accept old ones."""
+    hashed = hashlib.sha256(repr((request.model, request.version, request.outputs)).encode())
+    for name, array in sorted(request.inputs.items()):
+        hashed.update(repr((name, array.shape, array.dtype.str)).encode())
+        hashed.update(array.tobytes())
+    return hashed.digest()
 
 
-def _join(requests: Sequence[Request], padding: int) -> Mapping[str, Array]:
-    """Stack the inputs of equal shape along the batch axis; padding repeats the first request's last sample."""
-    if len(requests) == 1 and not padding:
-        return requests[0].inputs
-    joined = {}
-    for name, first in requests[0].inputs.items():
-        parts = [request.inputs[name] for request in requests] + [first[-1:]] * padding
-        joined[name] = np.concatenate(parts)
-    return joined
-
-
-def _fail(entry: Entry[Waiting], error: ApplianceError) -> None:
-    if not entry.item.answer.done():
-        entry.item.answer.set_exception(error)
-
-
-def _refusal(reason: Outcome, retry_after_s: float | None) -> WorldError:
-    if reason is Outcome.DEADLINE:
+def _lesser(stand: Stand) -> WorldError:
+    """Why nobody here may answer: the mode is less than the caller accepts, or there is only the cloud, and no way to it."""
+    if stand.mode is Mode.CLOUD:
         return WorldError(
-            "deadline", "this request cannot be answered in time", remedy="allow more time or ask less", retry_after_s=retry_after_s
+            "degraded", f"{stand.name} is left to the cloud ({stand.why}), and the cloud cannot be reached", retry_after_s=1.0
         )
-    return WorldError(
-        "backlog_full", "twice the largest batch is waiting already", remedy="ask again later", retry_after_s=retry_after_s or 0.05
-    )
+    what = f"{stand.name} is served in mode {stand.mode} now ({stand.why})"
+    return WorldError("degraded", what, remedy="accept degradation, or ask later", retry_after_s=5.0)
 
 
 def _outcome(error: ApplianceError) -> Outcome:

@@ -31,6 +31,15 @@ class Serve(Section, frozen=True, kw_only=True):
     workers: Annotated[int, Meta(ge=1, le=32, description="Child processes that run models")] = 1
     threads: Annotated[int, Meta(ge=0, le=128, description="Threads per worker; 0 shares the processors among the workers")] = 0
     max_batch: Annotated[int, Meta(ge=1, le=256, description="Most requests in one batch")] = 8
+    slo_ms: Annotated[
+        float, Meta(ge=1, le=60_000, description="How soon an answer should come: batches are sized for it, in milliseconds")
+    ] = 150.0
+    standby: Annotated[
+        bool, Meta(description="Keep the least local mode loaded, for requests that the present mode cannot answer in time")
+    ] = False
+    stale_mib: Annotated[
+        int, Meta(ge=0, le=4096, description="Memory for old answers, kept for callers who accept them, in MiB; 0 for none")
+    ] = 16
     fill_wait_ms: Annotated[float, Meta(ge=0, le=10, description="Longest wait for a batch to fill, in milliseconds")] = 10.0
     batch_deadline_s: Annotated[float, Meta(ge=0.1, le=600, description="A batch that runs longer costs its worker, in seconds")] = 10.0
     body_limit_mib: Annotated[int, Meta(ge=1, le=1024, description="Largest request body, in MiB")] = 32
@@ -65,6 +74,22 @@ class Board(Section, frozen=True, kw_only=True):
     """Which sensors to read."""
 
     kind: Annotated[Literal["generic", "sim", "jetson"], Meta(description="Where board readings come from")] = "generic"
+    profile: Annotated[
+        str, Meta(description="Board data for the first guess of latencies: a file such as orin-nano-8gb.toml; empty for none")
+    ] = ""
+    interval_s: Annotated[float, Meta(ge=0.05, le=60, description="Interval of board readings and mode decisions, in seconds")] = 0.5
+
+
+class Modes(Section, frozen=True, kw_only=True):
+    """How patient the change of modes is (docs/rooms/serve.md); all in seconds."""
+
+    settle_s: Annotated[float, Meta(ge=0.1, le=600, description="High pressure lasts so long before one step down")] = 2.0
+    critical_settle_s: Annotated[float, Meta(ge=0.1, le=60, description="Critical pressure steps down again after so long")] = 0.5
+    calm_s: Annotated[float, Meta(ge=0.5, le=3600, description="Calm lasts so long before one step up")] = 10.0
+    relapse_s: Annotated[float, Meta(ge=1, le=3600, description="A step down so soon after a step up doubles the calm that is asked")] = (
+        30.0
+    )
+    calm_max_s: Annotated[float, Meta(ge=1, le=86_400, description="At most so much calm is asked")] = 160.0
 
 
 class Sim(Section, frozen=True, kw_only=True):
@@ -97,6 +122,7 @@ class Edge(Section, frozen=True, kw_only=True):
     reach: Reach
     trust: Trust
     board: Board = Board()
+    modes: Modes = Modes()
     sim: Sim = Sim()
     log: Log = Log()
     watchdog: Watchdog = Watchdog()

@@ -10,9 +10,12 @@ from appliance.contract.errors import TheirsError, WorldError
 from appliance.contract.inference import Array, Request, Signature, Tags, TensorSpec
 from appliance.contract.models import EdgeConstraints, Manifest
 from appliance.contract.vocabulary import Datatype, Mode, Outcome, Platform
+from appliance.core.serve.degradation import DegradationSettings
+from appliance.edge.lane import Hands, Pool, served
 from appliance.edge.serving import Serving
+from appliance.edge.stand import Form, Policy
 from appliance.edge.tally import Tally
-from appliance.ports import LoadedModel
+from appliance.ports import LoadedModel, Share
 
 SIGNATURE = Signature(Platform.ONNX, (TensorSpec("x", Datatype.FP32, (-1, 2)),), (TensorSpec("y", Datatype.FP32, (-1, 2)),))
 
@@ -46,7 +49,7 @@ class Meter:
 
 
 class GatedEngine:
-    """Adds the key's last digit; waits for `gate`; fails with `error` if it is set."""
+    """Adds the version's number; waits for `gate`; fails with `error` if it is set."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -54,21 +57,28 @@ class GatedEngine:
         self.error: WorldError | None = None
         self.batches: list[int] = []
         self.unloaded: list[str] = []
+        self.signature = SIGNATURE
         self.freed = asyncio.Event()
 
+    def share(self, fd: int, size: int) -> Share:
+        raise NotImplementedError
+
     async def load(self, key: str, _platform: Platform, _weights: Callable[[], int]) -> LoadedModel:
-        return LoadedModel(key, SIGNATURE)
+        return LoadedModel(key, self.signature)
 
     async def run(self, key: str, inputs: Mapping[str, Array], _outputs: Sequence[str]) -> dict[str, Array]:
         self.batches.append(len(inputs["x"]))
         await self.gate.wait()
         if self.error is not None:
             raise self.error
-        return {"y": np.asarray(inputs["x"]) + np.float32(key[-1])}
+        return {"y": np.asarray(inputs["x"]) + np.float32(key.split(":", maxsplit=1)[0][-1])}
 
     async def unload(self, key: str) -> None:
         self.unloaded.append(key)
         self.freed.set()
+
+
+FORMS = {Mode.FULL: Form(Platform.ONNX, lambda: -1)}
 
 
 def manifest(version: str) -> Manifest:
@@ -83,8 +93,9 @@ def request(value: float = 0.0, **tags: float) -> Request:
 @pytest.fixture
 async def desk() -> tuple[Serving, GatedEngine, Meter]:
     engine, meter, clock = GatedEngine(), Meter(), Clock()
-    serving = Serving(engine, clock, Tally(meter, clock), workers=1, max_batch=8, fill_wait_s=0.01, timeout_s=5.0)
-    await serving.mount(manifest("v1"), Platform.ONNX, lambda: -1)
+    hands = Hands(engine, clock, Tally(meter, clock), Pool(1), slo_s=0.15, fill_wait_s=0.01)
+    serving = Serving(hands, Policy(8, DegradationSettings()), timeout_s=5.0)
+    await serving.mount(manifest("v1"), FORMS)
     return serving, engine, meter
 
 
@@ -160,20 +171,22 @@ async def test_a_caller_that_left_costs_nothing(desk: Parts) -> None:
 
 
 async def test_a_new_version_takes_over_between_batches(desk: Parts) -> None:
-    """What runs ends on the old version, what waits is answered by the new one, then the old one is unloaded."""
+    """What the old version had admitted it answers, what comes later is the new one's, then the old one is unloaded."""
     serving, engine, _ = desk
     engine.gate.clear()
     running = asyncio.create_task(serving.infer(request()))
     await asyncio.sleep(0.01)
     waiting = asyncio.create_task(serving.infer(request()))
     await asyncio.sleep(0.01)
-    await serving.mount(manifest("v2"), Platform.ONNX, lambda: -1)
+    await serving.mount(manifest("v2"), FORMS)
+    late = asyncio.create_task(serving.infer(request()))
+    await asyncio.sleep(0.01)
     assert engine.unloaded == []
     engine.gate.set()
-    assert [(await task).version for task in (running, waiting)] == ["v1", "v2"]
+    assert [(await task).version for task in (running, waiting, late)] == ["v1", "v1", "v2"]
     async with asyncio.timeout(2):
         await engine.freed.wait()
-    assert engine.unloaded == ["m@v1"]
+    assert [key.split(":")[0] for key in engine.unloaded] == ["m@v1"]
 
 
 async def test_draining_answers_the_admitted_and_refuses_the_rest(desk: Parts) -> None:
@@ -198,3 +211,25 @@ async def test_who_asks_for_another_model_or_version_is_told_what_is_here(desk: 
         await serving.infer(Request("", "n", {"x": np.zeros((1, 2), np.float32)}))
     with pytest.raises(TheirsError, match="'v1'"):
         await serving.infer(Request("", "m", {"x": np.zeros((1, 2), np.float32)}, version="v9"))
+
+
+def test_a_file_compiled_for_one_batch_size_is_served_as_if_it_were_free() -> None:
+    """Axis 0 fixed to 8 everywhere: callers send 1 to 8 rows, the batcher fills up; fixed to 1, or mixed: no batching and nothing is changed."""
+    fixed = Signature(Platform.ONNX, (TensorSpec("x", Datatype.FP32, (8, 2)),), (TensorSpec("y", Datatype.FP32, (8, 2)),))
+    shown, batchable, compiled = served(fixed)
+    assert (shown, batchable, compiled) == (SIGNATURE, True, (8,))
+    single = Signature(Platform.ONNX, (TensorSpec("x", Datatype.FP32, (1, 2)),), (TensorSpec("y", Datatype.FP32, (1, 2)),))
+    assert served(single) == (single, False, ())
+    mixed = Signature(Platform.ONNX, (TensorSpec("x", Datatype.FP32, (8, 2)),), (TensorSpec("y", Datatype.FP32, (4, 2)),))
+    assert served(mixed) == (mixed, False, ())
+
+
+async def test_a_compiled_batch_is_filled_up_and_each_caller_gets_only_its_rows() -> None:
+    """Three rows run as eight by repeating the first request, and three come back."""
+    engine, meter, clock = GatedEngine(), Meter(), Clock()
+    engine.signature = Signature(Platform.ONNX, (TensorSpec("x", Datatype.FP32, (4, 2)),), (TensorSpec("y", Datatype.FP32, (4, 2)),))
+    serving = Serving(Hands(engine, clock, Tally(meter, clock), Pool(1), 0.15, 0.01), Policy(8, DegradationSettings()), timeout_s=5.0)
+    await serving.mount(manifest("v1"), FORMS)
+    answer = await serving.infer(Request("", "m", {"x": np.arange(6, dtype=np.float32).reshape(3, 2)}))
+    assert engine.batches == [4]
+    assert answer.outputs["y"].tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]

@@ -7,7 +7,7 @@ API: `Degradation(modes)`; `.observe(severity, why, now, cloud=…) -> Shift(mod
 3. CALM: one step up when it has lasted `calm_s` since it began and since the last shift. Between the bands of `pressure` nothing moves.
 4. A step up that is followed by a step down within `relapse_s` was a mistake: the calm asked for next doubles, up to `calm_max_s`; a step up
    that lasted resets it. So even a load that B relieves and A cannot carry makes few shifts.
-5. A mode that the model lacks is passed over. D is entered only while a cloud route is allowed, and left at once when it is not.
+5. A mode that the model lacks, or that was withdrawn because it could not be loaded, is passed over. D is entered only while a cloud route is allowed, and left at once when it is not.
 6. No randomness, no clock: equal inputs give equal shifts.
 """
 
@@ -89,6 +89,16 @@ class Degradation:
             return None
         self._learn(push, now)
         return self._shift(target, why if push is Push.DOWN else f"calm for {now - max(self._since, self._changed):.1f} s", now)
+
+    def withdraw(self, mode: Mode, back: Mode) -> None:
+        """The shift to `mode` could not be carried out: `back` goes on, and `mode` is not tried again (rule 5).
+
+        Raises: OursError (`withdraw`) where `back` is no mode of the model, or it would be left without one.
+        """
+        if mode is back or back not in self._modes:
+            raise OursError("withdraw", f"back from {mode} to {back}, the model has {sorted(self._modes)}")
+        self._modes -= {mode}
+        self.mode = back
 
     def deadline(self) -> float | None:
         """When to observe again even if the pressure does not change; None if nothing would happen."""

@@ -11,6 +11,7 @@ API: `Profile(max_batch, board=None, cost={mode: ModelCost})`; `.observe(mode, b
 3. The batch for a latency: of the warm-up sizes within it, the smallest that reaches `KNEE` of the best throughput. On a CPU whose batch of 8 gives
    0.96x the throughput at 8x the latency (measured: PP-OCRv4, one thread) that is 1; for a small model on the same CPU (4.5x) it is 8.
 4. A request may find a batch running: the pace aims for batches that take at most half of the SLO.
+5. A size that has not run `TRIES` times is tried when the load offers it and the guess allows it: what nobody measured is not ruled out by a guess.
 """
 
 from bisect import bisect_left
@@ -26,6 +27,7 @@ FIRST = 5
 WEIGHT = 0.1
 KNEE = 0.95
 GAIN = 1.1
+TRIES = 3
 MOVED = 0.05
 """A change of an estimate by 5 % is worth a new pace; building one costs some 50 microseconds."""
 
@@ -111,7 +113,10 @@ class Profile:
         table = self._table(mode, self._max_batch)
         if not table:
             return None
-        batch = best_batch(table, slo_s / 2, self.warmup_batches())
+        sizes = self.warmup_batches()
+        batch = best_batch(table, slo_s / 2, sizes)
+        untried = [size for size in sizes if self._count(mode, size) < TRIES and table[size] <= slo_s / 2]
+        batch = max([batch, *untried])
         return Pace(tuple(table), batch, workers, self.measured(mode, 1) and self.measured(mode, batch))
 
     def explain(self) -> list[str]:
@@ -134,6 +139,10 @@ class Profile:
         if guess is not None and self._board:
             line += f"; roofline {guess * 1e3:.3g} ms, bound by {bound_by(self._board, self._cost[mode], size)}"
         return [line]
+
+    def _count(self, mode: Mode, size: int) -> int:
+        estimate = self._measured.get(mode, {}).get(size)
+        return estimate.count if estimate else 0
 
     def _as_run(self, batch: int) -> int:
         index = bisect_left(self._compiled, batch)

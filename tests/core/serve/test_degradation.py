@@ -166,3 +166,14 @@ def test_calm_that_lasted_is_trusted_again() -> None:
     assert walk(machine, Severity.CALM, 13.0, 20) == [(20.0, Mode.FULL)]
     machine.observe(Severity.CRITICAL, "", 100.0)
     assert walk(machine, Severity.CALM, 101.0, 20) == [(10.0, Mode.FULL)]
+
+
+def test_a_mode_that_could_not_be_loaded_is_withdrawn() -> None:
+    """The present mode goes on, and the failed one is passed over from then on."""
+    machine = Degradation([Mode.FULL, Mode.CONSTRAINED, Mode.MINIMAL])
+    assert machine.observe(Severity.CRITICAL, "test", 0.0) == Shift(Mode.CONSTRAINED, "test")
+    machine.withdraw(Mode.CONSTRAINED, Mode.FULL)
+    assert machine.mode is Mode.FULL
+    assert machine.observe(Severity.CRITICAL, "test", 1.0) == Shift(Mode.MINIMAL, "test")
+    with pytest.raises(OursError, match="back from C to D"):
+        machine.withdraw(Mode.MINIMAL, Mode.CLOUD)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from appliance.contract.errors import TheirsError
 from appliance.contract.vocabulary import Mode
 from appliance.core.serve.board import BoardProfile, ModelCost, bound_by, parse_board, roofline_s
-from appliance.core.serve.profile import WEIGHT, Estimate, Profile, best_batch
+from appliance.core.serve.profile import TRIES, WEIGHT, Estimate, Profile, best_batch
 
 BOARDS = sorted((Path(__file__).parents[3] / "bsp" / "jetson" / "profiles").glob("*.toml"))
 COST = ModelCost(flops=1.2e9, weight_bytes=11e6, activation_bytes=4e6, precision="fp16")
@@ -209,3 +209,21 @@ def test_the_profile_explains_itself() -> None:
     assert lines[1].startswith("mode A, batch 1: 5 ms, 200 samples/s, measured 5 times; roofline ")
     assert "guessed" in lines[2]
     assert len(lines) == 5
+
+
+def test_a_size_that_never_ran_is_tried_before_it_is_ruled_out() -> None:
+    """One fast measurement of size 1 must not keep a model at batches of one for ever: the largest untried size within the SLO is allowed."""
+    profile = Profile(8)
+    profile.observe(Mode.FULL, 1, 0.001)
+    pace = profile.pace(Mode.FULL, 0.15)
+    assert pace is not None
+    assert (pace.batch, pace.measured) == (8, False)
+    for size in (1, 2, 4, 8):
+        for _ in range(TRIES):
+            profile.observe(Mode.FULL, size, 0.001 * size)
+    tried = profile.pace(Mode.FULL, 0.15)
+    assert tried is not None
+    assert (tried.batch, tried.measured) == (1, True)
+    slow = Profile(8)
+    slow.observe(Mode.FULL, 1, 0.030)
+    assert getattr(slow.pace(Mode.FULL, 0.15), "batch", None) == 2, "a size that the guess puts beyond half of the SLO is not tried"

@@ -1,0 +1,298 @@
+"""A lane: one loaded form of a model (a version, in one mode), who waits for it and what runs on it.
+
+All lanes of a device share its workers. A worker that becomes free goes to the lane whose head ranks first, so no model starves another.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from appliance.contract.admission import check
+from appliance.contract.errors import ApplianceError, OursError, WorldError
+from appliance.contract.inference import DTYPES, Answer, Array, Request, Signature, TensorSpec
+from appliance.contract.models import Manifest
+from appliance.contract.vocabulary import Mode, Outcome
+from appliance.core.serve.backlog import Backlog, Refused
+from appliance.core.serve.batching import Batcher, Dispatch, Wait
+from appliance.core.serve.profile import Profile
+from appliance.core.serve.thermal import ThermalLimit
+from appliance.core.serve.waitlist import Entry
+from appliance.edge.tally import Tally
+from appliance.ports import Clock, Engine
+
+WARM_RUNS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """One admitted request and the future that its caller awaits."""
+
+    request: Request
+    answer: "asyncio.Future[Answer]"
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """One loaded form. `signature` is what callers see: axis 0 is free where requests share a batch, even if the file fixes it.
+
+    Attributes:
+        compiled: the batch sizes that the file accepts; empty means any.
+        confidence: its measured accuracy (0 to 1); None if nobody measured it.
+    """
+
+    key: str
+    manifest: Manifest
+    mode: Mode
+    signature: Signature
+    batchable: bool
+    compiled: tuple[int, ...] = ()
+    confidence: float | None = None
+
+
+@dataclass(slots=True)
+class Pool:
+    """The workers, and the lanes that want them."""
+
+    size: int
+    busy: int = 0
+    lanes: "dict[Lane, None]" = field(default_factory=dict)
+    tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it, and keep it alive until it is done."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def freed(self) -> None:
+        """Offer a free worker to the lanes, best rank first."""
+        if len(self.lanes) == 1:
+            next(iter(self.lanes)).pump()
+            return
+        for lane in sorted(self.lanes, key=_rank):
+            lane.pump()
+
+
+@dataclass(frozen=True, slots=True)
+class Hands:
+    """What every lane works with. `slo_s` is how soon an answer should come: batches are sized for it."""
+
+    engine: Engine
+    clock: Clock
+    tally: Tally
+    pool: Pool
+    slo_s: float
+    fill_wait_s: float
+
+
+class Lane:
+    """The waiting and running requests of one loaded form. `why` says, in each answer, why this mode answers."""
+
+    def __init__(self, mounted: Mounted, hands: Hands, *, limit: int, profile: Profile, why: str) -> None:
+        self.mounted = mounted
+        self.why = why
+        self.running = 0
+        self.backlog: Backlog[Waiting] = Backlog(limit)
+        self.thermal = ThermalLimit(limit, hands.slo_s / 2)
+        self._batcher = Batcher(mounted.compiled, fill_wait_s=hands.fill_wait_s)
+        self._hands = hands
+        self._profile = profile
+        self._timer: asyncio.TimerHandle | None = None
+        self._repace()
+        hands.pool.lanes[self] = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits and nothing runs."""
+        return not self.running and not self.backlog.waiting
+
+    async def infer(self, request: Request, arrived: float, deadline: float) -> Answer:
+        """Answer one request by its deadline, or refuse it at once.
+
+        Raises: TheirsError (malformed family), WorldError (`backlog_full`, `deadline`, `worker_lost`).
+        """
+        check(request, self.mounted.signature, self.backlog.max_batch)
+        waiting = Waiting(request, asyncio.get_running_loop().create_future())
+        first = next(iter(request.inputs.values()))
+        offered = self.backlog.offer(
+            waiting,
+            arrived,
+            deadline=deadline,
+            size=first.shape[0] if self.mounted.batchable else 1,
+            shape=_shape(request.inputs),
+            priority=request.tags.priority,
+            caller=request.caller,
+        )
+        if isinstance(offered, Refused):
+            raise refusal(offered.reason, offered.retry_after_s)
+        for entry in offered.displaced:
+            _fail(entry, refusal(Outcome.BACKLOG_FULL, self.backlog.retry_after_s(arrived)))
+        self.pump()
+        try:
+            return await waiting.answer
+        except asyncio.CancelledError:
+            self.backlog.cancel(offered.ticket)
+            raise
+
+    def pump(self) -> None:
+        """Expire, dispatch, and set the next timer: called on every arrival, return and timer."""
+        pool, now = self._hands.pool, self._hands.clock.monotonic()
+        for entry in self.backlog.expire(now):
+            _fail(entry, refusal(Outcome.DEADLINE, None))
+        until = inf
+        self._batcher.limit = self.thermal.limit
+        while True:
+            decision = self._batcher.next_batch(self.backlog, now, pool.size - pool.busy)
+            if not isinstance(decision, Dispatch):
+                until = decision.until if isinstance(decision, Wait) else inf
+                break
+            self.running += 1
+            pool.busy += 1
+            pool.spawn(self._run(decision))
+        self._set_timer(min(until, self.backlog.deadline() or inf), now)
+
+    async def warm(self, shapes: Mapping[str, Sequence[int]], *, thorough: bool) -> None:
+        """Run synthetic samples before anybody waits, so that the first caller pays for nothing and the profile rests on measurement.
+
+        `shapes` are of one sample by input; where they do not fit the model, nothing is run. Raises: TheirsError (`model`), WorldError.
+        """
+        sizes = self._profile.warmup_batches() if thorough else self._profile.warmup_batches()[:1]
+        for size in sizes if self._fits(shapes) else ():
+            inputs = {spec.name: _zeros(spec, (size, *shapes[spec.name])) for spec in self.mounted.signature.inputs}
+            for _ in range(WARM_RUNS):
+                started = self._hands.clock.monotonic()
+                await self._hands.engine.run(self.mounted.key, inputs, ())
+                self._learn(size, started)
+        self._repace()
+
+    async def retire(self) -> None:
+        """Answer what was admitted, then give the memory back. Raises: nothing that stops the caller."""
+        while not self.idle:
+            self.pump()
+            await asyncio.sleep(0.02)
+        self.close()
+        await self._hands.engine.unload(self.mounted.key)
+
+    def close(self) -> None:
+        """Take no worker any more."""
+        self._hands.pool.lanes.pop(self, None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _fits(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        inputs = self.mounted.signature.inputs
+        return self.mounted.batchable and all(len(shapes.get(spec.name, ())) == len(spec.shape) - 1 for spec in inputs)
+
+    def _set_timer(self, at: float, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if at != inf:
+            self._timer = asyncio.get_running_loop().call_later(max(at - now, 0.0), self.pump)
+
+    async def _run(self, batch: Dispatch[Waiting]) -> None:
+        """Run one batch and tell every caller, whatever happens."""
+        requests = [entry.item.request for entry in batch.entries]
+        pool, started = self._hands.pool, self._hands.clock.monotonic()
+        try:
+            outputs = await self._hands.engine.run(self.mounted.key, _join(requests, batch.pad_to - batch.samples), ())
+        except ApplianceError as error:
+            for entry in batch.entries:
+                _fail(entry, error)
+        else:
+            self._learn(batch.pad_to, started)
+            self._hands.tally.batch(self.mounted.manifest.model_id, batch.samples / self.backlog.max_batch)
+            self._tell(batch, outputs)
+        finally:
+            self.backlog.done(batch.number)
+            self.running -= 1
+            pool.busy -= 1
+            for entry in batch.entries:
+                _fail(entry, OursError("internal", "the batch ended without an answer"))
+            pool.freed()
+
+    def _learn(self, samples: int, started: float) -> None:
+        """Take a batch's time into the profile and the thermal limit."""
+        now = self._hands.clock.monotonic()
+        self.thermal.ran(samples, started, now)
+        if now > started and self._profile.observe(self.mounted.mode, samples, now - started):
+            self._repace()
+
+    def _repace(self) -> None:
+        self.backlog.pace = self._profile.pace(self.mounted.mode, self._hands.slo_s, self._hands.pool.size)
+
+    def _tell(self, batch: Dispatch[Waiting], outputs: Mapping[str, Array]) -> None:
+        start, mounted = 0, self.mounted
+        for entry in batch.entries:
+            request, stop = entry.item.request, start + entry.size
+            wanted = request.outputs or tuple(outputs)
+            parts = {name: outputs[name][start:stop] if mounted.batchable else outputs[name] for name in wanted}
+            start = stop
+            if not entry.item.answer.done():
+                entry.item.answer.set_result(
+                    Answer(request.id, request.model, mounted.manifest.version, parts, mounted.mode, self.why, mounted.confidence)
+                )
+
+
+def served(signature: Signature) -> tuple[Signature, bool, tuple[int, ...]]:
+    """What callers may send of a loaded model: its signature, whether requests share a batch, and the batch sizes it was compiled for.
+
+    A file that fixes axis 0 of everything to one number above 1 takes any smaller batch here: it is filled up (`Batcher`, rule 5).
+    """
+    tensors = (*signature.inputs, *signature.outputs)
+    firsts = {spec.shape[:1] for spec in tensors}
+    if firsts == {(-1,)}:
+        return signature, True, ()
+    if len(firsts) == 1 and (only := next(iter(firsts))) and only[0] > 1:
+        inputs, outputs = tuple(map(_free, signature.inputs)), tuple(map(_free, signature.outputs))
+        return replace(signature, inputs=inputs, outputs=outputs), True, (only[0],)
+    return signature, False, ()
+
+
+def refusal(reason: Outcome, retry_after_s: float | None) -> WorldError:
+    """A refusal of the backlog, in an operator's words."""
+    if reason is Outcome.DEADLINE:
+        return WorldError(
+            "deadline", "this request cannot be answered in time", remedy="allow more time or ask less", retry_after_s=retry_after_s
+        )
+    return WorldError(
+        "backlog_full", "twice the largest batch is waiting already", remedy="ask again later", retry_after_s=retry_after_s or 0.05
+    )
+
+
+def _free(spec: TensorSpec) -> TensorSpec:
+    return replace(spec, shape=(-1, *spec.shape[1:]))
+
+
+def _rank(lane: Lane) -> float:
+    head = lane.backlog.head()
+    return inf if head is None else head.rank
+
+
+def _shape(inputs: Mapping[str, Array]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    return tuple(sorted((name, array.shape[1:], array.dtype.str) for name, array in inputs.items()))
+
+
+def _zeros(spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+    return np.zeros(shape, DTYPES[spec.datatype])
+
+
+def _join(requests: Sequence[Request], padding: int) -> Mapping[str, Array]:
+    """Stack the inputs of equal shape along the batch axis; padding repeats the first request's last sample."""
+    if len(requests) == 1 and not padding:
+        return requests[0].inputs
+    joined = {}
+    for name, first in requests[0].inputs.items():
+        parts = [request.inputs[name] for request in requests] + [first[-1:]] * padding
+        joined[name] = np.concatenate(parts)
+    return joined
+
+
+def _fail(entry: Entry[Waiting], error: ApplianceError) -> None:
+    if not entry.item.answer.done():
+        entry.item.answer.set_exception(error)
