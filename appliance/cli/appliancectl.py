@@ -3,6 +3,7 @@
 import click
 
 from appliance.cli.appliance import guarded
+from appliance.cli.injections import lab
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -13,6 +14,9 @@ def group() -> None:
 @group.group()
 def model() -> None:
     """Prepare a model for the fleet."""
+
+
+group.add_command(lab)
 
 
 def main() -> None:

@@ -118,15 +118,20 @@ def _conclude(world: Lab, rotations: int, run_for: float | None, console: Consol
         "retried": total.retried,
         "p50_ms": percentile(ordered, 0.5),
         "p99_ms": percentile(ordered, 0.99),
+        "modes": dict(sorted(total.modes.items())),
         "rotations": rotations,
         "devices": len(world.devices),
         "machine": f"{platform.machine()}, {os.cpu_count()} processors",
     }
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(json.dumps(figures, indent=1) + "\n")
-    share = total.exact / total.labels if total.labels else 0.0
+    share = total.exact / total.full if total.full else 0.0
+    lesser = total.labels - total.full
+    if lesser:
+        by_mode = ", ".join(f"{count} in mode {mode}" for mode, count in sorted(total.modes.items()))
+        console.print(f"{by_mode}; of those in lesser modes {100 * total.lesser_exact / lesser:.1f} % exactly", highlight=False)
     console.print(
-        f"{total.labels} labels read, {100 * share:.1f} % exactly, {total.differing} other than onnxruntime in-process, {total.failed} failed, "
+        f"{total.labels} labels read, {100 * share:.1f} % exactly{' in mode A' if lesser else ''}, {total.differing} other than onnxruntime in-process, {total.failed} failed, "
         f"{rotations} SVID rotations; p50 {figures['p50_ms'] or 0:.1f} ms, p99 {figures['p99_ms'] or 0:.1f} ms ({figures['machine']}); {REPORT}"
     )
     for expected, read in total.examples[:3]:
@@ -140,6 +145,8 @@ def _total(devices: list[Device]) -> Score:
         score = device.stream.score
         total.labels += score.labels
         total.exact += score.exact
+        total.lesser_exact += score.lesser_exact
+        total.modes += score.modes
         total.differing += score.differing
         total.failed += score.failed
         total.retried += score.retried
@@ -157,7 +164,7 @@ def _why(total: Score, share: float, rotations: int, run_for: float | None) -> s
         return f"{total.failed} labels were not answered; reasons: {dict(total.reasons)}"
     if total.differing:
         return f"{total.differing} answers differ from onnxruntime in this process"
-    if share < EXACT_FLOOR and total.labels >= JUDGED_FROM:
+    if share < EXACT_FLOOR and total.full >= JUDGED_FROM:
         return f"{100 * share:.1f} % of the labels were read exactly, at least {100 * EXACT_FLOOR:g} % were expected"
     if run_for and run_for >= ROTATES_WITHIN_S and not rotations:
         return "no SVID was rotated"

@@ -102,7 +102,7 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
 
     engine = await _engine(settings, stack, told)
     serving, policy = await _serving(settings, engine, clock, tally)
-    board = open_board(settings, clock, serving.busy)
+    board = open_board(settings, clock, serving.utilisation)
     link = await _link(settings, stack)
     depot, tpm = Depot(state / "depot"), EsysTpm(settings.trust.tcti)
     stack.callback(depot.close)

@@ -55,10 +55,11 @@ class Mounted:
 
 @dataclass(slots=True)
 class Pool:
-    """The workers, and the lanes that want them."""
+    """The workers, and the lanes that want them. `worked_s` is what all batches took together."""
 
     size: int
     busy: int = 0
+    worked_s: float = 0.0
     lanes: "dict[Lane, None]" = field(default_factory=dict)
     tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
 
@@ -210,6 +211,7 @@ class Lane:
             self._tell(batch, outputs)
         finally:
             self.backlog.done(batch.number)
+            pool.worked_s += self._hands.clock.monotonic() - started
             self.running -= 1
             pool.busy -= 1
             for entry in batch.entries:

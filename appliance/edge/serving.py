@@ -37,6 +37,7 @@ class Serving:
         self._stands: dict[str, Stand] = {}
         self._shelved: dict[str, tuple[Manifest, Mapping[Mode, Form]]] = {}
         self._draining = False
+        self._used = (hands.clock.monotonic(), 0.0)
         self._log = structlog.get_logger()
 
     @property
@@ -111,6 +112,12 @@ class Serving:
         """The share (0..1) of workers that run a batch now."""
         pool = self._hands.pool
         return min(1.0, pool.busy / pool.size)
+
+    def utilisation(self) -> float:
+        """The share (0..1) of the workers' time that batches took since the last call."""
+        pool, now = self._hands.pool, self._hands.clock.monotonic()
+        (then, before), self._used = self._used, (now, pool.worked_s)
+        return min(1.0, (pool.worked_s - before) / ((now - then) * pool.size)) if now > then else 0.0
 
     def versions(self) -> Mapping[str, str]:
         """The mounted version of each model."""

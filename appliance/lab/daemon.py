@@ -29,6 +29,8 @@ min_vram_gb = 0.25
 max_batch_size = 8
 target_latency_ms = 50.0
 """
+CONTROL = "board.json"
+"""Each device's file that heats and squeezes its simulated board (`appliancectl lab`)."""
 READY_TIMEOUT_S = 60.0
 SVID_TTL_S = 40.0
 """Short, so that a minute of `make run` shows a rotation (at half life)."""
@@ -205,6 +207,7 @@ class Lab:
                 "tuf_root": self.site.path / "cloud" / "state" / "root.json",
             },
             "board": {"kind": "sim"},
+            "sim": {"control": home / CONTROL},
         }
         unit = await self._daemon(name, "run", sections)
         stream = Stream(

@@ -49,6 +49,33 @@ def claim(wanted: Path | None) -> Site:
     raise WorldError("state_dir", f"{TRIES} directories are taken", where=str(base), remedy="stop other labs, or choose --state")
 
 
+def running(wanted: Path | None) -> Path:
+    """The directory of the lab that runs: `wanted`, or the first of the default names whose lock is held.
+
+    Raises: WorldError (`no_lab`).
+    """
+    base = wanted or Path(tempfile.gettempdir()) / f"appliance-lab-{os.getuid()}"
+    for path in [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, TRIES))] if wanted is None else [base]:
+        if _held(path):
+            return path
+    raise WorldError("no_lab", "no lab runs here", where=str(base), remedy="start one with `make run`, or name its directory with --state")
+
+
+def _held(path: Path) -> bool:
+    """Whether another process holds the lock of this directory."""
+    try:
+        lock = os.open(path / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def _try(path: Path) -> Site | None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from appliance.client.images import tensor_of
 from appliance.client.labels import LabelReader
 from appliance.client.sync import Appliance
 from appliance.contract.errors import ApplianceError
+from appliance.contract.vocabulary import Mode
 from appliance.lab.labels import draw
 from appliance.lab.reference import Reference
 
@@ -23,10 +24,12 @@ EXAMPLES = 5
 
 @dataclass(slots=True)
 class Score:
-    """What became of the labels so far. Latencies in milliseconds, of requests that were answered."""
+    """What became of the labels so far. Latencies in milliseconds, of requests that were answered; `exact` and `differing` of mode A."""
 
     labels: int = 0
     exact: int = 0
+    lesser_exact: int = 0
+    modes: Counter[str] = field(default_factory=Counter)
     differing: int = 0
     failed: int = 0
     retried: int = 0
@@ -34,6 +37,11 @@ class Score:
     reasons: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[str, str]] = field(default_factory=list)
     recent: deque[tuple[float, float, bool]] = field(default_factory=deque)
+
+    @property
+    def full(self) -> int:
+        """How many labels mode A read."""
+        return self.modes[Mode.FULL]
 
     def window(self) -> tuple[float, float | None, float | None, float | None]:
         """Labels per second, p50 ms, p99 ms and success rate of the last `WINDOW_S` seconds."""
@@ -125,6 +133,10 @@ class Stream:
         score.labels += 1
         score.latencies_ms.append(spent_ms)
         score.recent.append((time.monotonic(), spent_ms, True))
+        score.modes[reading.mode] += 1
+        if reading.mode != Mode.FULL:  # a lesser mode reads what it can: it is counted, and held against nothing
+            score.lesser_exact += text == expected
+            return
         if text == expected:
             score.exact += 1
         elif len(score.examples) < EXAMPLES:

@@ -21,7 +21,7 @@ def row(name: str, status: Mapping[str, Any] | None, score: Score) -> tuple[str,
     seen = status or {}
     version = f"{seen.get('model', '')} {seen.get('model_version', '')}".strip()
     used = seen.get("memory_used_bytes")
-    exact = score.exact / score.labels if score.labels else None
+    exact = score.exact / score.full if score.full else None
     return (
         name,
         str(seen.get("mode", "-")),

@@ -13,6 +13,12 @@ from appliance.contract.vocabulary import LinkState, Mode, Outcome
 FEEDS: dict[str, Callable[[Meter], None]] = {
     "inference_latency_seconds": lambda meter: meter.answered("reader", Mode.FULL, 0.02),
     "inference_requests_total": lambda meter: meter.failed("reader", Outcome.MALFORMED),
+    "inference_mode": lambda meter: meter.mode("reader", Mode.MINIMAL),
+    "mode_changes_total": lambda meter: meter.shifted("reader", Mode.FULL, Mode.CONSTRAINED, "heat"),
+    "pressure_ratio": lambda meter: meter.pressed("memory", 0.9),
+    "batch_limit": lambda meter: meter.limited("reader", 4),
+    "worker_losses_total": lambda meter: meter.lost("hang"),
+    "worker_memory_bytes": lambda meter: meter.worker(0, 1 << 20, 1 << 10),
     "batch_utilization_ratio": lambda meter: meter.batch("reader", 0.5),
     "vram_fragmentation_ratio": lambda meter: meter.fragmented(0.25),
     "thermal_throttle_events_total": lambda meter: meter.throttled("oc1"),
@@ -51,13 +57,15 @@ def test_each_metric_appears_alone_when_it_is_fed(metric: object) -> None:
         assert set(sample.labels) - {"le"} == set(row.labels)
 
 
-def test_the_table_is_the_eight_names() -> None:
+def test_the_table_is_what_was_promised() -> None:
     """The names are those that were promised, each with a feed, and a unit where it has one."""
     assert {metric.name for metric in METRICS} == set(FEEDS)
     assert {metric.name: metric.unit for metric in METRICS if metric.unit} == {
         "inference_latency_seconds": "seconds",
         "model_version_freshness_seconds": "seconds",
         "batch_utilization_ratio": "ratio",
+        "pressure_ratio": "ratio",
+        "worker_memory_bytes": "bytes",
         "vram_fragmentation_ratio": "ratio",
         "gradient_compression_ratio": "ratio",
     }
