@@ -4,6 +4,7 @@ Sources: proc(5) for meminfo and buddyinfo, the kernel's accounting/psi and ther
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from appliance.contract.errors import WorldError
@@ -11,6 +12,8 @@ from appliance.contract.vitals import BoardReading
 
 COLDEST_C, HOTTEST_C = -50.0, 150.0
 """Outside of these a sensor is off or broken: a gated Jetson zone says -256, an empty ACPI zone -273.2."""
+_NO_LIMIT = 1 << 60
+"""What version 1 of control groups says where nothing is limited is a little below 2^63."""
 
 
 class GenericBoard:
@@ -23,10 +26,13 @@ class GenericBoard:
     def read(self) -> BoardReading:
         """Read all sensors now. Raises: WorldError (`board`) if /proc/meminfo cannot be read."""
         memory = self._memory()
+        total, available = memory["MemTotal"], memory["MemAvailable"]
+        for limit, held in self._limits():
+            total, available = min(total, limit), min(available, max(0, limit - held))
         return BoardReading(
             temperatures_c=self._zones() | self._hwmon(),
-            memory_total_bytes=memory["MemTotal"],
-            memory_available_bytes=memory["MemAvailable"],
+            memory_total_bytes=total,
+            memory_available_bytes=available,
             memory_psi_some_avg10=self._pressure(),
             largest_free_block_bytes=self._largest_blocks(),
             passive_trip_c=self._passive_trip(),
@@ -45,6 +51,23 @@ class GenericBoard:
                 "board", "MemTotal and MemAvailable cannot be read", where=str(path), remedy="mount /proc; ProcSubset=pid hides it"
             )
         return found
+
+    def _limits(self) -> Iterator[tuple[int, int]]:
+        """What the control groups around this process allow, and what they hold that cannot be dropped (cgroups(7), both versions)."""
+        for line in _text(self._root / "proc/self/cgroup").splitlines():
+            _, kinds, path = line.split(":", 2)
+            if not kinds:
+                mount, names = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in kinds.split(","):
+                mount, names = "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            group = self._root / mount
+            for part in (".", *Path(path.lstrip("/")).parts):
+                group /= part
+                limit, used = _number(_text(group / names[0])), _number(_text(group / names[1]))
+                if limit is not None and used is not None and limit < _NO_LIMIT:
+                    yield int(limit), int(used - _field(_text(group / "memory.stat"), names[2]))
 
     def _pressure(self) -> float | None:
         for word in _text(self._root / "proc/pressure/memory").partition("\n")[0].split():
@@ -103,6 +126,11 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _field(text: str, name: str) -> float:
+    """A number of a file of lines "name number"; 0 if it is not there."""
+    return next((float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} ")), 0.0)
 
 
 def _number(text: str) -> float | None:

@@ -1,5 +1,6 @@
 """Models on their way from the cloud to a device: signed manifests, encrypted artifacts, chunks, keys."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import msgspec
@@ -78,6 +79,13 @@ class Manifest(Message, frozen=True, tag="manifest"):
     activation_bytes: float | None = None
     example_shapes: dict[str, list[int]] = msgspec.field(default_factory=dict)
     variants: dict[Mode, Variant] = msgspec.field(default_factory=dict)
+
+
+def artifacts_of(manifest: Manifest) -> Iterator[CompiledArtifact]:
+    """Every artifact of a release, in whatever mode and for whatever platform."""
+    yield from manifest.compiled_artifacts.values()
+    for variant in manifest.variants.values():
+        yield from variant.compiled_artifacts.values()
 
 
 class Release(Message, frozen=True, tag="release"):

@@ -58,6 +58,11 @@ def chunk(region: str, device: str) -> str:
     return f"v1/{region}/d/{device}/up/ask/chunk"
 
 
+def infer(region: str, device: str) -> str:
+    """Device to region, request: an inference frame (`contract.remote`), answered by one."""
+    return f"v1/{region}/d/{device}/up/ask/infer"
+
+
 def answer(region: str, device: str) -> str:
     """Region to device: the answers to the device's requests, told apart by correlation data."""
     return f"v1/{region}/d/{device}/dn/answer"
@@ -81,6 +86,11 @@ def upstream_chunk(region: str) -> str:
 def upstream_key(region: str) -> str:
     """Region to cloud, request: `RegionKeyAsk`, answered by `RegionKey`."""
     return f"v1/{region}/r/up/ask/key"
+
+
+def upstream_infer(region: str) -> str:
+    """Region to cloud, request: an inference frame, answered by one."""
+    return f"v1/{region}/r/up/ask/infer"
 
 
 def upstream_answer(region: str) -> str:

@@ -8,7 +8,7 @@ beyond the key.
 import asyncio
 import functools
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -17,7 +17,7 @@ import structlog
 from appliance.contract import topics
 from appliance.contract.codec import decode, encode
 from appliance.contract.errors import ApplianceError, TheirsError, WorldError
-from appliance.contract.models import CompiledArtifact, Manifest, Release
+from appliance.contract.models import CompiledArtifact, Manifest, Release, artifacts_of
 from appliance.contract.vocabulary import Mode, Platform
 from appliance.core.trust.fencing import Fence, fingerprint, unpack
 from appliance.daily.pulling import Pull
@@ -172,8 +172,8 @@ class Changing:
         before = shelf.get(manifest.model_id)
         shelf[manifest.model_id] = manifest
         self._corridor.depot.save(SHELF_FILE, msgspec.json.encode([encode(kept).decode() for kept in shelf.values()]))
-        used = {artifact.container_sha256 for kept in shelf.values() for artifact in _artifacts(kept)}
-        for artifact in _artifacts(before) if before else ():
+        used = {artifact.container_sha256 for kept in shelf.values() for artifact in artifacts_of(kept)}
+        for artifact in artifacts_of(before) if before else ():
             if artifact.container_sha256 not in used:
                 self._corridor.depot.drop(artifact.container_sha256)
                 self._corridor.depot.forget(f"key-{artifact.container_sha256[:32]}.json")
@@ -194,10 +194,3 @@ def _choose(artifacts: Mapping[Platform, CompiledArtifact], model: str) -> tuple
         if platform in artifacts:
             return platform, artifacts[platform]
     raise TheirsError("platform", f"compiled for {', '.join(artifacts)} only", where=model)
-
-
-def _artifacts(manifest: Manifest) -> Iterator[CompiledArtifact]:
-    """Every artifact of a release, in whatever mode."""
-    yield from manifest.compiled_artifacts.values()
-    for variant in manifest.variants.values():
-        yield from variant.compiled_artifacts.values()

@@ -44,6 +44,7 @@ from appliance.edge.settings import Edge
 from appliance.edge.stand import Policy
 from appliance.edge.tally import Tally
 from appliance.edge.trusting import Trusting
+from appliance.edge.upstream import CloudRoute
 from appliance.ports import Board
 
 IDENTITY_TIMEOUT_S = 20.0
@@ -101,9 +102,18 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
                 guarding.restarts_spent(change.delay_s)
 
     engine = await _engine(settings, stack, told)
-    serving, policy = await _serving(settings, engine, clock, tally)
-    board = open_board(settings, clock, serving.utilisation)
     link = await _link(settings, stack)
+    upstream = CloudRoute(
+        link,
+        clock,
+        region=region,
+        device=device,
+        deadline_s=settings.reach.cloud_deadline_ms / 1e3,
+        state=lambda: reaching.state,
+        version=lambda model: serving.versions().get(model, ""),
+    )
+    serving, policy = await _serving(settings, engine, (clock, tally), upstream if settings.reach.cloud else None)
+    board = open_board(settings, clock, serving.utilisation)
     depot, tpm = Depot(state / "depot"), EsysTpm(settings.trust.tcti)
     stack.callback(depot.close)
     stack.push_async_callback(tpm.close)
@@ -124,6 +134,7 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
         tell=reaching.tell,
         interval_s=settings.board.interval_s,
         gpu_budget_bytes=policy.board.memory_budget_bytes if policy.board else None,
+        upstream=upstream if settings.reach.cloud else None,
     )
     ingress = await _ingress(settings, serving, functools.partial(_exposition, engine, meter), (reaching, tally))
     stack.push_async_callback(ingress.close)
@@ -196,14 +207,16 @@ async def _engine(settings: Edge, stack: contextlib.AsyncExitStack, told: Callab
     return engine
 
 
-async def _serving(settings: Edge, engine: Workers, clock: SystemClock, tally: Tally) -> tuple[Serving, Policy]:
+async def _serving(
+    settings: Edge, engine: Workers, counted: tuple[SystemClock, Tally], upstream: CloudRoute | None
+) -> tuple[Serving, Policy]:
     """The desk, and the policy of its stands. Raises: WorldError (`unreadable`), TheirsError (`board_profile`)."""
     serve, path = settings.serve, settings.board.profile
     board = parse_board(tomllib.loads((await asyncio.to_thread(_read, Path(path), "board.profile")).decode()), path) if path else None
     times = DegradationSettings(**msgspec.structs.asdict(settings.modes))
     policy = Policy(serve.max_batch, times, serve.standby, board)
-    hands = Hands(engine, clock, tally, Pool(serve.workers), serve.slo_ms / 1e3, serve.fill_wait_ms / 1e3)
-    return Serving(hands, policy, timeout_s=serve.batch_deadline_s, stale_bytes=serve.stale_mib << 20), policy
+    hands = Hands(engine, *counted, Pool(serve.workers), serve.slo_ms / 1e3, serve.fill_wait_ms / 1e3)
+    return Serving(hands, policy, timeout_s=serve.batch_deadline_s, stale_bytes=serve.stale_mib << 20, upstream=upstream), policy
 
 
 def _exposition(engine: Workers, meter: Meter) -> bytes:

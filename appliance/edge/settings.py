@@ -56,6 +56,12 @@ class Reach(Section, frozen=True, kw_only=True):
     heartbeat_s: Annotated[float, Meta(ge=0.2, le=300, description="Interval of vitals, in seconds")] = 5.0
     ask_timeout_s: Annotated[float, Meta(ge=0.1, le=120, description="Longest wait for an answer of the region, in seconds")] = 5.0
     retry_cap_s: Annotated[float, Meta(ge=0.5, le=600, description="Longest pause between attempts to connect, in seconds")] = 30.0
+    cloud: Annotated[
+        bool, Meta(description="Whether requests may go to the models in the cloud (mode D); a request's tags may forbid it")
+    ] = True
+    cloud_deadline_ms: Annotated[
+        float, Meta(ge=1, le=60_000, description="Longest wait for the cloud's answer, round trip included, in milliseconds")
+    ] = 150.0
 
 
 class Trust(Section, frozen=True, kw_only=True):

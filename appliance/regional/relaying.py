@@ -11,7 +11,8 @@ import structlog
 from appliance.contract import topics
 from appliance.contract.codec import decode, encode
 from appliance.contract.errors import ApplianceError, TheirsError
-from appliance.contract.models import ChunkAsk, CompiledArtifact, Manifest, RegionKey, RegionKeyAsk, Release
+from appliance.contract.models import ChunkAsk, CompiledArtifact, Manifest, RegionKey, RegionKeyAsk, Release, artifacts_of
+from appliance.contract.remote import unpack_ask
 from appliance.core.trust.envelope import region_public, unwrap_for_region
 from appliance.daily.pulling import Pull
 from appliance.ports import Clock, Depot, Inbound, Link, Metadata
@@ -43,6 +44,7 @@ class Relaying:
         self._log = structlog.get_logger()
         link.on(topics.upstream_release(region), self._offered)
         link.serve(f"v1/{region}/d/+/up/ask/chunk", self._chunk)
+        link.serve(f"v1/{region}/d/+/up/ask/infer", self._infer)
 
     @property
     def keys(self) -> Mapping[str, bytes]:
@@ -59,6 +61,11 @@ class Relaying:
         if ask.artifact not in self._artifacts:
             raise TheirsError("unknown_artifact", "this region does not offer that artifact", where=ask.artifact[:64])
         return await asyncio.to_thread(self._depot.read, ask.artifact, ask.index)
+
+    async def _infer(self, inbound: Inbound) -> bytes:
+        """Hand an inference on to the cloud and its answer back; what is malformed goes no further."""
+        within_s = unpack_ask(inbound.payload).head.within_ms / 1e3
+        return await self._link.ask(topics.upstream_infer(self._region), inbound.payload, timeout_s=within_s, qos=0)
 
     async def run(self, moved: Callable[[], None]) -> None:
         """Offer what was offered before, then follow the cloud; ends only by cancellation."""
@@ -96,7 +103,7 @@ class Relaying:
         return True
 
     async def _fetch(self, manifest: Manifest, moved: Callable[[], None]) -> None:
-        for artifact in manifest.compiled_artifacts.values():
+        for artifact in artifacts_of(manifest):
             name = artifact.container_sha256
             await Pull(self._link, self._depot, self._clock, topics.upstream_chunk(self._region), artifact, moved=moved).run()
             if name not in self._keys:

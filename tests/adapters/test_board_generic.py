@@ -90,3 +90,28 @@ def test_this_machine_can_be_read_quickly() -> None:
     """The real /proc and /sys give a sane reading."""
     reading = GenericBoard().read()
     assert 0 < reading.memory_available_bytes <= reading.memory_total_bytes
+
+
+def write(root: Path, name: str, text: str) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_group_that_allows_less_than_the_machine_has_is_what_counts(version: int, tmp_path: Path) -> None:
+    """Memory of a limited service (MemoryMax=) is its group's, page cache that can be dropped not counted; the tightest group decides."""
+    write(tmp_path, "proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 6000000 kB\n")
+    if version == 1:
+        write(tmp_path, "proc/self/cgroup", "4:memory:/outer/inner\n3:cpuset:/\n")
+        base, names = "sys/fs/cgroup/memory/outer", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        write(tmp_path, f"sys/fs/cgroup/memory/{names[0]}", "9223372036854771712\n")
+    else:
+        write(tmp_path, "proc/self/cgroup", "0::/outer/inner\n")
+        base, names = "sys/fs/cgroup/outer", ("memory.max", "memory.current", "inactive_file")
+        write(tmp_path, f"{base}/inner/memory.max", "max\n")
+        write(tmp_path, f"{base}/inner/memory.current", "4096\n")
+    write(tmp_path, f"{base}/{names[0]}", f"{512 << 20}\n")
+    write(tmp_path, f"{base}/{names[1]}", f"{300 << 20}\n")
+    write(tmp_path, f"{base}/memory.stat", f"cache 1\n{names[2]} {100 << 20}\n")
+    reading = GenericBoard(tmp_path).read()
+    assert (reading.memory_total_bytes, reading.memory_available_bytes) == (512 << 20, 312 << 20)
