@@ -82,7 +82,7 @@ def pack(head: AskHead | AnswerHead, tensors: Mapping[str, Array]) -> bytes:
 
     Raises: TheirsError (`oversized`, with what to do), OursError (`datatype`) for a tensor of anything but numbers.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     told = tuple(TensorHead(name, _datatype(name, array), array.shape) for name, array in arrays.items())
     encoded = msgspec.json.encode(msgspec.structs.replace(head, tensors=told))
     size = _LENGTH.size + len(encoded) + sum(array.nbytes for array in arrays.values())
