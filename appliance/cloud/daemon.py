@@ -22,6 +22,8 @@ from appliance.contract import identities, topics
 from appliance.contract.codec import decode, encode
 from appliance.contract.errors import ApplianceError
 from appliance.contract.models import ChunkAsk, RegionKeyAsk, Release
+from appliance.contract.vocabulary import LinkState
+from appliance.daily.hop import beat, pong
 from appliance.daily.pulse import Pulse
 from appliance.daily.service import serve
 from appliance.ports import Inbound, Link
@@ -63,12 +65,26 @@ async def _publish(settings: Cloud, stack: contextlib.AsyncExitStack, stop: asyn
     for region in settings.cloud.regions:
         link.serve(topics.upstream_chunk(region), chunk)
         link.serve(topics.upstream_key(region), key)
+        link.serve(topics.upstream_ping(region), pong)
     pulse = Pulse(clock, notifier, stalled_s=settings.watchdog.stalled_s)
     async with asyncio.TaskGroup() as group:
         loops = [
             group.create_task(link.run(), name="link"),
             group.create_task(_offer(link, publisher, release, settings.cloud.regions, lambda: pulse.moved("offering")), name="offering"),
             group.create_task(pulse.run(), name="pulse"),
+            *(
+                group.create_task(
+                    beat(
+                        link,
+                        topics.upstream_beat(region),
+                        settings.reach.heartbeat_s,
+                        lambda: LinkState.HEALTHY,
+                        functools.partial(pulse.moved, f"beat {region}"),
+                    ),
+                    name=f"beat {region}",
+                )
+                for region in settings.cloud.regions
+            ),
         ]
         notifier.ready()
         notifier.status("publishing")

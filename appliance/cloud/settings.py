@@ -29,6 +29,9 @@ class Reach(Section, frozen=True, kw_only=True):
 
     broker_host: Annotated[str, Meta(min_length=1, description="Host of the MQTT broker")]
     broker_port: Annotated[int, Meta(ge=1, le=65_535, description="Its TLS port")] = 8883
+    heartbeat_s: Annotated[
+        float, Meta(ge=0.2, le=300, description="Interval of signs of life, in seconds; the same on both ends of a hop")
+    ] = 5.0
     retry_cap_s: Annotated[float, Meta(ge=0.5, le=600, description="Longest pause between attempts to connect, in seconds")] = 30.0
 
 

@@ -58,6 +58,11 @@ def chunk(region: str, device: str) -> str:
     return f"v1/{region}/d/{device}/up/ask/chunk"
 
 
+def ping(region: str, device: str) -> str:
+    """Device to region, request: `Ping`, answered by the same."""
+    return f"v1/{region}/d/{device}/up/ask/ping"
+
+
 def infer(region: str, device: str) -> str:
     """Device to region, request: an inference frame (`contract.remote`), answered by one."""
     return f"v1/{region}/d/{device}/up/ask/infer"
@@ -71,6 +76,21 @@ def answer(region: str, device: str) -> str:
 def release(region: str) -> str:
     """Region to all its devices, retained: `Release`, the signed metadata of everything that is offered."""
     return f"v1/{region}/bcast/release"
+
+
+def beat(region: str) -> str:
+    """Region to all its devices: `Beat`, the region's sign of life."""
+    return f"v1/{region}/bcast/beat"
+
+
+def upstream_beat(region: str) -> str:
+    """Cloud to region: `Beat`, the cloud's sign of life."""
+    return f"v1/{region}/r/dn/beat"
+
+
+def upstream_ping(region: str) -> str:
+    """Region to cloud, request: `Ping`, answered by the same."""
+    return f"v1/{region}/r/up/ask/ping"
 
 
 def upstream_release(region: str) -> str:

@@ -72,6 +72,25 @@ class Vitals(Message, frozen=True, tag="vitals"):
     why: str = ""
 
 
+class Beat(Message, frozen=True, tag="beat"):
+    """A sign of life of who stands above: region to its devices, cloud to its regions. `seq` counts from 1 after each start.
+
+    `upstream` is how the sender's own way upwards is (the cloud has none: HEALTHY).
+    """
+
+    limit: ClassVar[int] = 512
+    seq: int
+    interval_s: float
+    upstream: LinkState
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """Are you there? Asked when somebody has fallen silent; answered by the same."""
+
+    limit: ClassVar[int] = 512
+    id: int
+
+
 class Event(Message, frozen=True, tag="event"):
     """Something that happened once: `what` is a past-tense phrase in snake_case, `fields` its data as text."""
 

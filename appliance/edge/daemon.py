@@ -30,9 +30,11 @@ from appliance.adapters.systemd import ServiceManager
 from appliance.adapters.tpm import EsysTpm
 from appliance.contract import identities, topics
 from appliance.contract.errors import WorldError
+from appliance.core.reach.partition import PartitionSettings
 from appliance.core.serve import tegrastats
 from appliance.core.serve.board import parse_board
 from appliance.core.serve.degradation import DegradationSettings
+from appliance.daily.hop import Hop
 from appliance.daily.pulse import Pulse
 from appliance.daily.service import serve
 from appliance.edge.changing import Changing, Corridor
@@ -80,6 +82,7 @@ class Life:
 
     clock: SystemClock
     link: MqttLink
+    hop: Hop
     serving: Serving
     guarding: Guarding
     trusting: Trusting
@@ -109,7 +112,7 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
         region=region,
         device=device,
         deadline_s=settings.reach.cloud_deadline_ms / 1e3,
-        state=lambda: reaching.state,
+        state=lambda: hop.whole,
         version=lambda model: serving.versions().get(model, ""),
     )
     serving, policy = await _serving(settings, engine, (clock, tally), upstream if settings.reach.cloud else None)
@@ -121,8 +124,18 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
     trusting = Trusting(
         tpm, link, depot, clock, region=region, device=device, ask_timeout_s=reach.ask_timeout_s, reattest_s=settings.trust.reattest_s
     )
-    changed = functools.partial(meter.link, "region")
-    reaching = Reaching(link, clock, board, serving, tally, region=region, device=device, heartbeat_s=reach.heartbeat_s, changed=changed)
+    hop = Hop(
+        link,
+        clock,
+        name="region",
+        beat=topics.beat(region),
+        ping=topics.ping(region, device),
+        settings=PartitionSettings(interval_s=reach.heartbeat_s),
+        changed=lambda state, _why: meter.link("region", state),
+    )
+    reaching = Reaching(
+        link, clock, board, serving, tally, region=region, device=device, heartbeat_s=reach.heartbeat_s, state=lambda: hop.state
+    )
     root = await asyncio.to_thread(_read, Path(settings.trust.tuf_root), "trust.tuf_root")
     corridor = Corridor(TrustedMetadata(state / "metadata", root), depot, Sealed(), board)
     changing = Changing(link, clock, corridor, trusting, serving, tell=reaching.tell, region=region, device=device)
@@ -138,7 +151,7 @@ async def _open(settings: Edge, stack: contextlib.AsyncExitStack) -> Life:
     )
     ingress = await _ingress(settings, serving, functools.partial(_exposition, engine, meter), (reaching, tally))
     stack.push_async_callback(ingress.close)
-    return Life(clock, link, serving, guarding, trusting, changing, reaching, ingress)
+    return Life(clock, link, hop, serving, guarding, trusting, changing, reaching, ingress)
 
 
 async def _live(life: Life, settings: Edge, notifier: ServiceManager, stop: asyncio.Event) -> None:
@@ -150,6 +163,7 @@ async def _live(life: Life, settings: Edge, notifier: ServiceManager, stop: asyn
         loops = [
             group.create_task(loop.run(functools.partial(pulse.moved, name)), name=name)
             for name, loop in (
+                ("hop", life.hop),
                 ("serving", life.serving),
                 ("guarding", life.guarding),
                 ("trusting", life.trusting),

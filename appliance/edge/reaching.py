@@ -1,7 +1,6 @@
-"""Reaching: the heartbeat of this device, what it tells upstream, and how well it is connected.
+"""Reaching: the heartbeat of this device, what it tells upstream, and what it says of itself.
 
-The verdict on the link is the simplest that is honest until the detector of issue 5 takes over: HEALTHY while the broker's session is up,
-DEGRADED for the first `partition_s` seconds without it, then PARTITIONED.
+How well it is connected is the verdict of `daily.hop` on the hop to the region.
 """
 
 import asyncio
@@ -19,8 +18,6 @@ from appliance.edge.serving import Serving
 from appliance.edge.tally import Tally
 from appliance.ports import Board, Clock, Link
 
-PARTITION_S = 15.0
-"""Three missed heartbeats of 5 s: the fixed time-out that facts/detector.md gives as the baseline."""
 EVENTS_KEPT = 256
 TICK_S = 0.5
 
@@ -39,7 +36,7 @@ class Reaching:
         region: str,
         device: str,
         heartbeat_s: float,
-        changed: Callable[[LinkState], None],
+        state: Callable[[], LinkState],
     ) -> None:
         self._link = link
         self._clock = clock
@@ -49,17 +46,14 @@ class Reaching:
         self._region = region
         self._device = device
         self._heartbeat_s = heartbeat_s
-        self._changed = changed
+        self._state = state
         self._started = clock.monotonic()
         self._seq = 0
         self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._event_seq = 0
-        self._up_at = clock.monotonic()
         self._log = structlog.get_logger()
         self.say: Callable[[str], None] = lambda _text: None
         self._said = ""
-        self.state = LinkState.DEGRADED
-        changed(self.state)
 
     def vitals(self) -> Vitals:
         """The vitals now; `seq` is that of the last heartbeat."""
@@ -73,7 +67,7 @@ class Reaching:
             interval_s=self._heartbeat_s,
             uptime_s=self._clock.monotonic() - self._started,
             mode=self._serving.mode,
-            link=self.state,
+            link=self._state(),
             model=model,
             model_version=versions.get(model, ""),
             answered=self._tally.answered_total,
@@ -98,11 +92,10 @@ class Reaching:
         self._events.append(Event(device=self._device, seq=self._event_seq, at=self._clock.wall(), what=what, fields=fields))
 
     async def run(self, moved: Callable[[], None]) -> None:
-        """Beat, tell, judge the link; ends only by cancellation."""
+        """Beat and tell; ends only by cancellation."""
         due = self._clock.monotonic()
         while True:
             moved()
-            self._judge()
             self._report()
             if self._link.connected:
                 if self._clock.monotonic() >= due:
@@ -125,22 +118,10 @@ class Reaching:
         """One line for the service manager whenever it changes: what serves, in which mode, over which link."""
         models = ", ".join(f"{name} {version}" for name, version in sorted(self._serving.versions().items()))
         text = (
-            f"serving {models} in mode {self._serving.mode}, link {self.state}"
+            f"serving {models} in mode {self._serving.mode}, link {self._state()}"
             if models
-            else f"{self._serving.why_not_ready()}, link {self.state}"
+            else f"{self._serving.why_not_ready()}, link {self._state()}"
         )
         if text != self._said:
             self.say(text)
             self._said = text
-
-    def _judge(self) -> None:
-        now = self._clock.monotonic()
-        if self._link.connected:
-            self._up_at = now
-            state = LinkState.HEALTHY
-        else:
-            state = LinkState.PARTITIONED if now - self._up_at >= PARTITION_S else LinkState.DEGRADED
-        if state is not self.state:
-            self._log.info("link_changed", before=self.state, after=state)
-            self.state = state
-            self._changed(state)

@@ -31,6 +31,7 @@ target_latency_ms = 50.0
 """
 CONTROL = "board.json"
 """Each device's file that heats and squeezes its simulated board (`appliancectl lab`)."""
+HEARTBEAT_S = 2.0
 READY_TIMEOUT_S = 60.0
 SVID_TTL_S = 40.0
 """Short, so that a minute of `make run` shows a rotation (at half life)."""
@@ -38,7 +39,7 @@ SVID_TTL_S = 40.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the operator asked for."""
+    """What the operator asked for. `rate_per_s` 0: no labels are sent, and any model is served."""
 
     devices: int
     model: Path
@@ -105,7 +106,7 @@ class Lab:
         region_id = Workload(identities.aggregator(REGION), identities.region_user(REGION))
         say("region: attests devices, relays releases")
         await self._region(api.register(region_id))
-        reference = Reference(self.plan.model)
+        reference = Reference(self.plan.model) if self.plan.rate_per_s else None
         for number in range(1, self.plan.devices + 1):
             name = _name(number)
             say(f"{name}: a software TPM is manufactured and measured, then the daemon starts")
@@ -115,8 +116,9 @@ class Lab:
         for device in self.devices:
             say(f"{device.name}: enrols, proves its state, pulls {MODEL}, opens it")
             await self._serving(device)
-            device.task = asyncio.create_task(device.stream.run())
-            self.stack.push_async_callback(_cancelled, device.task)
+            if self.plan.rate_per_s:
+                device.task = asyncio.create_task(device.stream.run())
+                self.stack.push_async_callback(_cancelled, device.task)
 
     def _unit(self, name: str, command: list[str], *, notify: bool = True, fds: tuple[int, ...] = (), **environment: str) -> Unit:
         unit = Unit(name, command, self.site.folder("log"), notify=notify, fds=fds, environment=environment)
@@ -159,7 +161,7 @@ class Lab:
         (folder / "model.toml").write_text(CARD)
         sections: dict[str, dict[str, object]] = {
             "cloud": {"regions": [REGION], "state_dir": home / "state", "models_dir": models},
-            "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "retry_cap_s": 2.0},
+            "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "retry_cap_s": 2.0, "heartbeat_s": HEARTBEAT_S},
             "trust": {"trust_domain": identities.TRUST_DOMAIN, "workload_api": address, "keys_dir": home / "keys"},
         }
         await self._daemon("cloud", "cloud", sections)
@@ -175,7 +177,7 @@ class Lab:
             (roots / f"{number}.der").write_bytes(der)
         sections: dict[str, dict[str, object]] = {
             "region": {"name": REGION, "state_dir": home / "state"},
-            "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "retry_cap_s": 2.0},
+            "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "retry_cap_s": 2.0, "heartbeat_s": HEARTBEAT_S},
             "trust": {
                 "trust_domain": identities.TRUST_DOMAIN,
                 "workload_api": address,
@@ -187,7 +189,7 @@ class Lab:
         }
         await self._daemon("region", "region", sections)
 
-    async def _device(self, name: str, number: int, address: str, reference: Reference) -> None:
+    async def _device(self, name: str, number: int, address: str, reference: Reference | None) -> None:
         home = self.site.folder(name)
         port = softtpm.free_port()
         tpm = self._unit(f"{name}-tpm", softtpm.command(self.site.folder(name, "chip"), port), notify=False)
@@ -198,7 +200,7 @@ class Lab:
         sections: dict[str, dict[str, object]] = {
             "device": {"name": name, "region": REGION, "state_dir": home / "state", "runtime_dir": home / "run"},
             "serve": {"port": 0, "socket": "api.sock", "threads": 1},
-            "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "heartbeat_s": 2.0, "retry_cap_s": 2.0},
+            "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "heartbeat_s": HEARTBEAT_S, "retry_cap_s": 2.0},
             "trust": {
                 "trust_domain": identities.TRUST_DOMAIN,
                 "workload_api": address,

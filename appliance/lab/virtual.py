@@ -16,7 +16,7 @@ WALL_S = 1_700_000_000.0
 """Seconds since the epoch at which virtual time starts, so that nothing depends on today."""
 
 
-class _Jump(selectors.DefaultSelector):  # type: ignore[misc,valid-type]  # the class depends on the platform
+class _Jump(selectors.DefaultSelector):
     """Never waits: tells its loop how far to jump instead."""
 
     skipped_s = 0.0
