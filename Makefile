@@ -5,7 +5,7 @@ FAST := not slow
 export ORT_DISABLE_TELEMETRY := 1
 LOCK := --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-find-links --no-emit-index-url
 
-.PHONY: run test check setup docs bench lock clean
+.PHONY: run test check setup docs bench bench-peers lock clean
 
 run: setup ## a broker, a software TPM, a cloud, a region and DEVICES=1 devices read shelf labels; RUN_FOR=60 stops by itself
 	@$(PYTHON) -m appliance lab
@@ -22,8 +22,12 @@ check: setup ## format, lint, types, house rules, fast tests: under 90 s
 docs: setup ## regenerate what docs/ holds that is generated: state diagrams, the table of settings
 	@UPDATE_DOCS=1 $(PYTHON) -m pytest tests/core/serve/test_diagrams.py tests/test_docs.py
 
-bench: setup ## benchmarks of the pieces; figures in build/reports
+bench: setup ## benchmarks of the pieces and of a whole device; figures in build/reports
 	@for bench in tests/bench/bench_*.py; do $(PYTHON) $$bench || exit 1; done
+
+bench-peers: setup ## a whole device and the servers that people use instead, in one run (docs/bench.md); installs them into build/peers
+	@$(PYTHON) tests/bench/peers/install.py
+	@$(PYTHON) tests/bench/bench_serve.py --peers
 
 lock: ## renew requirements*.txt from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml $(LOCK) -o requirements.txt

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from appliance.cli.bench import bench
 from appliance.cli.check import check
 from appliance.cli.infer import infer
 from appliance.cli.lab import lab
@@ -109,5 +110,5 @@ def cloud(config: Path) -> None:
     start(config, Cloud, daemon.run)
 
 
-for command in (check, infer, lab):
+for command in (bench, check, infer, lab):
     group.add_command(command)
