@@ -103,6 +103,7 @@ class Lane:
         self._hands = hands
         self._profile = profile
         self._timer: asyncio.TimerHandle | None = None
+        self._gathering = False
         self._repace()
         hands.pool.lanes[self] = None
 
@@ -132,15 +133,22 @@ class Lane:
             raise refusal(offered.reason, offered.retry_after_s)
         for entry in offered.displaced:
             _fail(entry, refusal(Outcome.BACKLOG_FULL, self.backlog.retry_after_s(arrived)))
-        self.pump()
+        self._gather()
         try:
             return await waiting.answer
         except asyncio.CancelledError:
             self.backlog.cancel(offered.ticket)
             raise
 
+    def _gather(self) -> None:
+        """Pump once all callers that the loop heard in this round have been admitted: microseconds later, and they share a batch."""
+        if not self._gathering:
+            self._gathering = True
+            asyncio.get_running_loop().call_soon(self.pump)
+
     def pump(self) -> None:
-        """Expire, dispatch, and set the next timer: called on every arrival, return and timer."""
+        """Expire, dispatch, and set the next timer: called after every round of arrivals, on each return and timer."""
+        self._gathering = False
         pool, now = self._hands.pool, self._hands.clock.monotonic()
         for entry in self.backlog.expire(now):
             _fail(entry, refusal(Outcome.DEADLINE, None))
@@ -159,11 +167,14 @@ class Lane:
     async def warm(self, shapes: Mapping[str, Sequence[int]], *, thorough: bool) -> None:
         """Run synthetic samples before anybody waits, so that the first caller pays for nothing and the profile rests on measurement.
 
-        `shapes` are of one sample by input; where they do not fit the model, nothing is run. Raises: TheirsError (`model`), WorldError.
+        `shapes` are of one sample by input, where the model leaves more than the batch free; what is still free then is not run.
+        Raises: TheirsError (`model`), WorldError.
         """
         sizes = self._profile.warmup_batches() if thorough else self._profile.warmup_batches()[:1]
+        signature = self.mounted.signature
+        shapes = {spec.name: shapes.get(spec.name, spec.shape[1:]) for spec in signature.inputs}
         for size in sizes if self._fits(shapes) else ():
-            inputs = {spec.name: _zeros(spec, (size, *shapes[spec.name])) for spec in self.mounted.signature.inputs}
+            inputs = {spec.name: _zeros(spec, (size, *shapes[spec.name])) for spec in signature.inputs}
             for _ in range(WARM_RUNS):
                 started = self._hands.clock.monotonic()
                 await self._hands.engine.run(self.mounted.key, inputs, ())
@@ -187,7 +198,7 @@ class Lane:
 
     def _fits(self, shapes: Mapping[str, Sequence[int]]) -> bool:
         inputs = self.mounted.signature.inputs
-        return self.mounted.batchable and all(len(shapes.get(spec.name, ())) == len(spec.shape) - 1 for spec in inputs)
+        return self.mounted.batchable and all(_fit(shapes[spec.name], spec.shape[1:]) for spec in inputs)
 
     def _set_timer(self, at: float, now: float) -> None:
         if self._timer is not None:
@@ -278,6 +289,11 @@ def _rank(lane: Lane) -> float:
 
 def _shape(inputs: Mapping[str, Array]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
     return tuple(sorted((name, array.shape[1:], array.dtype.str) for name, array in inputs.items()))
+
+
+def _fit(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a concrete shape is one that the model takes."""
+    return len(shape) == len(wanted) and all(seen > 0 and want in {-1, seen} for seen, want in zip(shape, wanted, strict=True))
 
 
 def _zeros(spec: TensorSpec, shape: tuple[int, ...]) -> Array:
