@@ -152,13 +152,17 @@ class Changing:
         forms = {}
         for mode, (platform, artifact) in chosen.items():
             path = await Pull(self._link, self._corridor.depot, self._clock, self._topic, artifact, moved=moved).run()
-            key = await self._trusting.data_key(artifact.container_sha256)
-            weights = functools.partial(self._corridor.weights.open, path, artifact, key)
+            await self._trusting.data_key(artifact.container_sha256)
+            weights = functools.partial(self._weights, path, artifact)
             os.close(await asyncio.to_thread(weights))  # what does not open is refused now, and not when heat asks for it
             accuracy = manifest.accuracy if mode is Mode.FULL else manifest.variants[mode].accuracy
             forms[mode] = Form(platform, weights, accuracy)
         await self._serving.mount(manifest, forms)
         await asyncio.to_thread(self._keep, manifest)
+
+    def _weights(self, path: str, artifact: CompiledArtifact) -> int:
+        """Open weights with the key as it may be had now: no copy of it waits for a worker's death, so a key that is dropped is gone."""
+        return self._corridor.weights.open(path, artifact, self._trusting.kept_key(artifact.container_sha256))
 
     def _check_memory(self, manifest: Manifest) -> None:
         needed = manifest.edge_constraints.min_vram_gb

@@ -141,8 +141,13 @@ class Lane:
             raise
 
     def _gather(self) -> None:
-        """Pump once all callers that the loop heard in this round have been admitted: microseconds later, and they share a batch."""
-        if not self._gathering:
+        """Pump once all callers that the loop heard in this round have been admitted: microseconds later, and they share a batch.
+
+        A whole batch need not wait for the rest of the round, which would find the places taken.
+        """
+        if self.backlog.waiting >= self.backlog.max_batch:
+            self.pump()
+        elif not self._gathering:
             self._gathering = True
             asyncio.get_running_loop().call_soon(self.pump)
 

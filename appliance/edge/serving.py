@@ -5,12 +5,12 @@ Where this device cannot answer in time, a request goes on by its tags: to a les
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import structlog
 
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
-from appliance.contract.inference import Answer, Request
+from appliance.contract.inference import Answer, Promise, Request
 from appliance.contract.models import Manifest
 from appliance.contract.vocabulary import Mode, Outcome
 from appliance.core.serve.fallback import Fallback
@@ -21,6 +21,8 @@ from appliance.ports import ModelCard, Upstream
 TICK_S = 1.0
 MOVABLE = frozenset({"backlog_full", "deadline", "degraded", "worker_lost"})
 """Refusals after which another place may still answer."""
+DEFERRABLE = MOVABLE | {"not_ready", "partitioned", "unknown_model"}
+"""Refusals after which a promise makes sense: what is missing (room, a version, the network) may come."""
 SLO_STRETCH = 1.5
 """An answer may take so many times the SLO that a caller named, where it set no time-out (issue 5: EDGE_CONSTRAINED)."""
 
@@ -28,11 +30,21 @@ SLO_STRETCH = 1.5
 class Serving:
     """All models of this device. All times are the clock's monotonic seconds; `timeout_s` is the wall for a request that names none."""
 
-    def __init__(self, hands: Hands, policy: Policy, *, timeout_s: float, stale_bytes: int = 0, upstream: Upstream | None = None) -> None:
+    def __init__(
+        self,
+        hands: Hands,
+        policy: Policy,
+        *,
+        timeout_s: float,
+        stale_bytes: int = 0,
+        upstream: Upstream | None = None,
+        promise: Callable[[Request, ApplianceError], Awaitable[Promise]] | None = None,
+    ) -> None:
         self._hands = hands
         self._policy = policy
         self._timeout_s = timeout_s
         self._upstream = upstream
+        self._promise = promise
         self._stale: Fallback[Answer] = Fallback(stale_bytes)
         self._stands: dict[str, Stand] = {}
         self._shelved: dict[str, tuple[Manifest, Mapping[Mode, Form]]] = {}
@@ -123,7 +135,21 @@ class Serving:
         """The mounted version of each model."""
         return {name: stand.manifest.version for name, stand in self._stands.items()}
 
-    async def infer(self, request: Request) -> Answer:
+    async def infer(self, request: Request) -> Answer | Promise:
+        """Answer one request, or promise to where its tags accept that, or say by whose fault not; returns by the request's deadline.
+
+        Raises: as `answer`; and what `promise` raises.
+        """
+        try:
+            return await self.answer(request)
+        except ApplianceError as error:
+            if self._promise is None or not request.tags.accept_deferral or error.reason not in DEFERRABLE:
+                raise
+            promised = await self._promise(request, error)
+            self._log.debug("promised", model=request.model, reason=error.reason)
+            return promised
+
+    async def answer(self, request: Request) -> Answer:
         """Answer one request, or say by whose fault not; returns by the request's deadline, always.
 
         Raises: TheirsError (malformed family, `unknown_model`),
