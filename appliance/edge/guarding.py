@@ -138,7 +138,8 @@ class Guarding:
         self._gauge.mode(stand.name, stand.mode)
         if stand.moving:
             return
-        cloud = self._upstream is not None and self._upstream.allows(Tags())
+        # a full queue leaves to the cloud request by request (serving); it is no reason to send everybody there
+        cloud = self._upstream is not None and self._upstream.allows(Tags()) and strain.kind != "queue"
         shift = stand.degradation.observe(strain.severity, f"{strain.kind}: {strain.level.why}", now, cloud=cloud)
         if shift is not None:
             stand.moving = True

@@ -25,6 +25,8 @@ from appliance.edge.tally import Tally
 from appliance.ports import Clock, Engine
 
 WARM_RUNS = 3
+HELD_MOST = 256
+"""Refusals that may be kept back at a time; each holds its request's body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,12 @@ class Mounted:
 
 @dataclass(slots=True)
 class Pool:
-    """The workers, and the lanes that want them. `worked_s` is what all batches took together."""
+    """The workers, and the lanes that want them. `worked_s` is what all batches took together, `held` how many refusals are kept back."""
 
     size: int
     busy: int = 0
     worked_s: float = 0.0
+    held: int = 0
     lanes: "dict[Lane, None]" = field(default_factory=dict)
     tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
 
@@ -112,8 +115,8 @@ class Lane:
         """Whether nobody waits and nothing runs."""
         return not self.running and not self.backlog.waiting
 
-    async def infer(self, request: Request, arrived: float, deadline: float) -> Answer:
-        """Answer one request by its deadline, or refuse it at once.
+    async def infer(self, request: Request, arrived: float, deadline: float, *, held: bool = False) -> Answer:
+        """Answer one request by its deadline, or refuse it at once; `held`: it was kept back once already.
 
         Raises: TheirsError (malformed family), WorldError (`backlog_full`, `deadline`, `worker_lost`).
         """
@@ -130,6 +133,8 @@ class Lane:
             caller=request.caller,
         )
         if isinstance(offered, Refused):
+            if offered.hold and not held and self._hands.pool.held < HELD_MOST:
+                return await self._later(request, deadline, offered.retry_after_s or 0.0)
             raise refusal(offered.reason, offered.retry_after_s)
         for entry in offered.displaced:
             _fail(entry, refusal(Outcome.BACKLOG_FULL, self.backlog.retry_after_s(arrived)))
@@ -139,6 +144,16 @@ class Lane:
         except asyncio.CancelledError:
             self.backlog.cancel(offered.ticket)
             raise
+
+    async def _later(self, request: Request, deadline: float, after_s: float) -> Answer:
+        """Keep a caller back who is deaf to refusals, until its hint has passed or its time is over; then treat it like anybody."""
+        pool, clock = self._hands.pool, self._hands.clock
+        pool.held += 1
+        try:
+            await asyncio.sleep(max(0.0, min(after_s, deadline - clock.monotonic())))
+        finally:
+            pool.held -= 1
+        return await self.infer(request, clock.monotonic(), deadline, held=True)
 
     def _gather(self) -> None:
         """Pump once all callers that the loop heard in this round have been admitted: microseconds later, and they share a batch.

@@ -377,3 +377,34 @@ def test_the_worker_is_shared_by_rank_so_no_model_starves_another() -> None:
         assert max(waits) < 0.3
 
     lived(body)
+
+
+def test_callers_who_repeat_refused_requests_at_once_are_paced_by_their_refusals() -> None:
+    """Sixteen such callers beside eight polite ones: after a few early returns each refusal is kept back, so that few are made at all."""
+
+    async def body(device: Device) -> None:
+        refusals = 0
+        stopped = False
+
+        async def caller(name: int, *, rude: bool) -> int:
+            nonlocal refusals
+            answered = 0
+            while not stopped:
+                try:
+                    await device.serving.infer(Request("", "m", {"x": np.ones((1, 2), np.float32)}, caller=name))
+                    answered += 1
+                except WorldError as error:
+                    refusals += 1
+                    await asyncio.sleep(0.0005 if rude else error.retry_after_s or 0.05)
+            return answered
+
+        rude = [asyncio.create_task(caller(number, rude=True)) for number in range(24)]
+        polite = [asyncio.create_task(caller(100 + number, rude=False)) for number in range(8)]
+        await asyncio.sleep(20)
+        stopped = True
+        got = [sum(await asyncio.gather(*group)) for group in (polite, rude)]
+        assert sum(got) >= 0.95 * 20 / SPEED[Mode.FULL], "the worker never idled"
+        assert got[0] / 8 >= got[1] / 24 / 3, "no polite caller starves, though who is answered finds the place that its answer left"
+        assert refusals < 3 * sum(got), "a deaf caller is not refused thousands of times a second"
+
+    lived(body, modes=[Mode.FULL])

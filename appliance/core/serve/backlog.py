@@ -13,7 +13,8 @@ API, in the order in which a loop uses it (`Pace` is in `pace`, `Entry` in `wait
 3. Admission by predicted finish: what cannot be answered by its deadline is refused on arrival, with the seconds after which it
    could be, or None where even an idle device is too slow. Requests of a worse level do not count as ahead.
 4. Deadlines expire by a timer at the latest start that could still be in time, not at dequeue (Triton #7512 shows why).
-5. A caller that returns before its hint has passed finds only half of the places (`patience`); the worker never idles for it.
+5. A caller that returns before its hint has passed finds only half of the places (`patience`); the worker never idles for it. One that does it
+   again and again should be told only when its hint has passed (`Refused.hold`), and may then be offered once more.
 6. Only equal shapes batch; a request with a batch of its own stays whole. Cancelled and expired ones are forgotten in O(1).
 """
 
@@ -50,10 +51,11 @@ class Admitted(NamedTuple, Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Nothing changed. `retry_after_s` is when it is worth asking again; None: not by waiting."""
+    """Nothing changed. `retry_after_s` is when it is worth asking again; None: not by waiting. `hold`: tell it only then (rule 5)."""
 
     reason: Outcome
     retry_after_s: float | None
+    hold: bool = False
 
 
 class Batch(NamedTuple, Generic[T]):
@@ -107,7 +109,7 @@ class Backlog(Generic[T]):
         if caller is not None and line.waiting + size > self.max_batch:
             held = self._patience.remaining_s((caller, priority), now)
             if held:
-                return Refused(Outcome.BACKLOG_FULL, held)
+                return Refused(Outcome.BACKLOG_FULL, held, self._patience.deaf((caller, priority)))
         late = self._late_s(now, deadline, size, shape, priority)
         if late > 0:
             return self._refuse(Outcome.DEADLINE, late, now, caller, priority)
@@ -121,6 +123,8 @@ class Backlog(Generic[T]):
         gap = min(now - self.last_arrival, 2 * self.gap_s)
         self.gap_s = min(max(self.gap_s + _GAP_WEIGHT * (gap - self.gap_s), _GAP_MIN_S), _GAP_MAX_S)
         self.last_arrival = now
+        if caller is not None:
+            self._patience.admitted((caller, priority))
         return Admitted(ticket, displaced)
 
     def cancel(self, ticket: int) -> Entry[T] | None:

@@ -1,7 +1,9 @@
 """Remembers who was asked to come back later, so that coming back at once wins nothing.
 
 1. A refused caller is held until its retry hint has passed; asking again meanwhile neither shortens nor lengthens the hold.
-2. The memory is bounded: beyond `most` holds the oldest is forgotten. A hold costs O(1) to make and to look up.
+2. One that came back too early `STRIKES` times in a row is deaf to refusals: its next one should be kept back until the hint has passed, since each
+   answer makes it ask again. (3,100 refusals a second left 6 % of a core for answers; measured.) Each admission forgives half of its strikes.
+3. The memory is bounded: beyond `most` holds the oldest is forgotten. A hold costs O(1) to make and to look up.
 
 Why: closed-loop callers that repeat a refused request at once take every place that becomes free and halve the goodput of
 all peers that were measured (169 to 85 answers/s, 98,000 refusals in 10 s).
@@ -11,6 +13,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 MOST_HOLDS = 1_024
+STRIKES = 4
+"""Callers behind one pooled connection also come back early: at 20 % of refusals one request in 600 finds four in a row."""
 
 
 class Patience:
@@ -19,12 +23,13 @@ class Patience:
     def __init__(self, most: int = MOST_HOLDS) -> None:
         self._most = most
         self._until: OrderedDict[Hashable, float] = OrderedDict()
+        self._strikes: dict[Hashable, int] = {}
 
     def hold(self, who: Hashable, until: float) -> None:
         """Hold `who` until that time."""
         self._until.setdefault(who, until)
         if len(self._until) > self._most:
-            self._until.popitem(last=False)
+            self._strikes.pop(self._until.popitem(last=False)[0], None)
 
     def remaining_s(self, who: Hashable, now: float) -> float:
         """Seconds for which `who` is still held; 0 if it is free."""
@@ -32,6 +37,16 @@ class Patience:
         if until is None:
             return 0.0
         if until > now:
+            self._strikes[who] = min(self._strikes.get(who, 0) + 1, 2 * STRIKES)
             return until - now
         del self._until[who]
         return 0.0
+
+    def deaf(self, who: Hashable) -> bool:
+        """Whether `who` should wait for its next refusal (rule 2)."""
+        return self._strikes.get(who, 0) >= STRIKES
+
+    def admitted(self, who: Hashable) -> None:
+        """Forget half of how `who` behaved."""
+        if self._strikes and (left := self._strikes.pop(who, 0) // 2):
+            self._strikes[who] = left

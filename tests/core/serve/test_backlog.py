@@ -311,3 +311,19 @@ def test_memory_follows_what_waits_not_what_ever_came() -> None:
     line = backlog._line
     assert len(line._due) < 200
     assert sum(len(group.heap) for group in line.groups.values()) < 200
+
+
+def test_a_caller_deaf_to_refusals_is_told_only_when_its_hint_has_passed() -> None:
+    """After four early returns in a row `hold` is said; each admission forgives half of them."""
+    backlog: Backlog[str] = Backlog(1)
+    for item in ("a", "b"):
+        assert isinstance(backlog.offer(item, 0.0), Admitted)
+    told = [backlog.offer("rude", 0.001 * early, caller="x") for early in range(7)]
+    assert [isinstance(each, Refused) and each.hold for each in told] == [False] * 4 + [True] * 3
+    assert isinstance(backlog.offer("other", 0.007, caller="y"), Refused)
+    assert not getattr(backlog.offer("other", 0.008, caller="y"), "hold", True), "another caller's manners are its own"
+    assert backlog.take(1.0, 2)
+    assert isinstance(backlog.offer("rude", 2.0, caller="x"), Admitted)
+    assert isinstance(backlog.offer("c", 2.0), Admitted)
+    again = [backlog.offer("rude", 2.0 + 0.001 * early, caller="x") for early in range(4)]
+    assert [isinstance(each, Refused) and each.hold for each in again] == [False, True, True, True], "six strikes less half, and one more"
