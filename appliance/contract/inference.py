@@ -109,3 +109,12 @@ class Answer:
     route: str = "edge"
     cost: float | None = None
     age_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """There is no answer now, but the request is on disk and will be answered; fetch it by `id`, which is the request's where it had one."""
+
+    id: str
+    why: str
+    retry_after_s: float = 1.0

@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 
 from appliance.contract.errors import OursError, TheirsError
-from appliance.contract.inference import DATATYPES, DTYPES, Array
-from appliance.contract.vocabulary import Datatype
+from appliance.contract.inference import DATATYPES, DTYPES, Answer, Array, Request, Tags
+from appliance.contract.vocabulary import Datatype, Mode
 
 MAGIC = b"AIF1"
 """Appliance inference frame, version 1."""
@@ -58,7 +58,33 @@ class AnswerHead(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     tensors: tuple[TensorHead, ...] = ()
 
 
-H = TypeVar("H", AskHead, AnswerHead)
+class RequestHead(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """A whole request as it is kept for later."""
+
+    id: str
+    model: str
+    version: str
+    outputs: tuple[str, ...]
+    tags: Tags
+    tensors: tuple[TensorHead, ...] = ()
+
+
+class ResultHead(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
+    """A whole answer as it is kept until somebody fetches it."""
+
+    id: str
+    model: str
+    version: str
+    mode: Mode
+    why: str
+    confidence: float | None
+    route: str
+    cost: float | None
+    tensors: tuple[TensorHead, ...] = ()
+
+
+Head = AskHead | AnswerHead | RequestHead | ResultHead
+H = TypeVar("H", AskHead, AnswerHead, RequestHead, ResultHead)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +103,8 @@ class Computed:
     tensors: Mapping[str, Array]
 
 
-def pack(head: AskHead | AnswerHead, tensors: Mapping[str, Array]) -> bytes:
-    """Make a frame of a head and the tensors that belong to it.
+def pack(head: Head, tensors: Mapping[str, Array], limit: int = FRAME_MAX_BYTES) -> bytes:
+    """Make a frame of a head and the tensors that belong to it, of at most `limit` bytes.
 
     Raises: TheirsError (`oversized`, with what to do), OursError (`datatype`) for a tensor of anything but numbers.
     """
@@ -86,27 +112,61 @@ def pack(head: AskHead | AnswerHead, tensors: Mapping[str, Array]) -> bytes:
     told = tuple(TensorHead(name, _datatype(name, array), array.shape) for name, array in arrays.items())
     encoded = msgspec.json.encode(msgspec.structs.replace(head, tensors=told))
     size = _LENGTH.size + len(encoded) + sum(array.nbytes for array in arrays.values())
-    if size > FRAME_MAX_BYTES or len(encoded) > HEAD_MAX_BYTES:
-        what = f"{size} bytes to send, at most {FRAME_MAX_BYTES} travel in one message"
+    if size > limit or len(encoded) > HEAD_MAX_BYTES:
+        what = f"{size} bytes, at most {limit} go into one frame"
         raise TheirsError("oversized", what, remedy="ask in smaller batches, or give the model a variant D that sends features")
     return b"".join([_LENGTH.pack(MAGIC, len(encoded)), encoded, *(array.tobytes() for array in arrays.values())])
 
 
 def unpack_ask(frame: bytes) -> Ask:
     """Read a request. Raises: TheirsError (`malformed`, `oversized`)."""
-    head, rest = _head(frame, AskHead)
+    head, rest = _head(frame, AskHead, FRAME_MAX_BYTES)
     return Ask(head, _tensors(head.tensors, rest))
 
 
 def unpack_answer(frame: bytes) -> Computed:
     """Read an answer. Raises: TheirsError (`malformed`, `oversized`)."""
-    head, rest = _head(frame, AnswerHead)
+    head, rest = _head(frame, AnswerHead, FRAME_MAX_BYTES)
     return Computed(head, _tensors(head.tensors, rest))
 
 
-def _head(frame: bytes, kind: type[H]) -> tuple[H, memoryview]:
-    if len(frame) > FRAME_MAX_BYTES:
-        raise TheirsError("oversized", f"{len(frame)} bytes, at most {FRAME_MAX_BYTES} are allowed", where="inference frame")
+def pack_request(request: Request, limit: int) -> bytes:
+    """Make a frame of a request that is to be kept. Raises: as `pack`."""
+    head = RequestHead(id=request.id, model=request.model, version=request.version, outputs=request.outputs, tags=request.tags)
+    return pack(head, request.inputs, limit)
+
+
+def unpack_request(frame: bytes) -> Request:
+    """Read a kept request. Raises: TheirsError (`malformed`)."""
+    head, rest = _head(frame, RequestHead, len(frame))
+    return Request(head.id, head.model, _tensors(head.tensors, rest), head.version, head.outputs, head.tags)
+
+
+def pack_result(answer: Answer, limit: int) -> bytes:
+    """Make a frame of an answer that is to be kept. Raises: as `pack`."""
+    head = ResultHead(
+        id=answer.id,
+        model=answer.model,
+        version=answer.version,
+        mode=answer.mode,
+        why=answer.why,
+        confidence=answer.confidence,
+        route=answer.route,
+        cost=answer.cost,
+    )
+    return pack(head, answer.outputs, limit)
+
+
+def unpack_result(frame: bytes) -> Answer:
+    """Read a kept answer. Raises: TheirsError (`malformed`)."""
+    head, rest = _head(frame, ResultHead, len(frame))
+    tensors = _tensors(head.tensors, rest)
+    return Answer(head.id, head.model, head.version, tensors, head.mode, head.why, head.confidence, head.route, head.cost)
+
+
+def _head(frame: bytes, kind: type[H], limit: int) -> tuple[H, memoryview]:
+    if len(frame) > limit:
+        raise TheirsError("oversized", f"{len(frame)} bytes, at most {limit} are allowed", where="inference frame")
     if len(frame) < _LENGTH.size:
         raise _malformed(f"{len(frame)} bytes are no frame")
     magic, length = _LENGTH.unpack_from(frame)

@@ -63,6 +63,11 @@ def ping(region: str, device: str) -> str:
     return f"v1/{region}/d/{device}/up/ask/ping"
 
 
+def deliver(region: str, device: str) -> str:
+    """Device to region, request: `Deferred`, answered by `Receipt` after the region's commit."""
+    return f"v1/{region}/d/{device}/up/ask/deliver"
+
+
 def infer(region: str, device: str) -> str:
     """Device to region, request: an inference frame (`contract.remote`), answered by one."""
     return f"v1/{region}/d/{device}/up/ask/infer"
