@@ -1,0 +1,150 @@
+"""Delivering: what the durable queue holds for the neighbour above goes there when there is a way, and is deleted only on its receipt.
+
+`core.reach.deferral` decides what a failure means and `replay` how fast; the store orders. Nothing is sent while the hop is partitioned: an
+attempt that cannot succeed would only wait. A receipt names what the receiver has committed, so a lost receipt costs one repetition, which the
+receiver recognises by its key.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from appliance.contract.codec import decode, encode
+from appliance.contract.deferral import Deferred, Dropped, Kind, Leased, Parcel, Receipt, Stored, Taken
+from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
+from appliance.contract.vocabulary import LinkState
+from appliance.core.reach.deferral import Bury, Failure, Policy, Retry, settle
+from appliance.core.reach.replay import ReplayPace
+from appliance.ports import Clock, Link, Outbox
+
+KINDS = (Kind.RESULT, Kind.EVENT, Kind.TELEMETRY)
+"""What goes upwards; deferred requests stay and are computed."""
+WINDOW = 8
+"""Items on their way at once: enough to fill a round trip, few enough to be repeated cheaply."""
+TICK_S = 1.0
+CAPACITY_BYTES_S = 1_250_000.0
+"""10 Mbit/s, until somebody measures the link; replay uses half of it (core.reach.replay)."""
+PASSING = frozenset({"busy", "internal", "disk", "queue_full", "draining", "not_ready"})
+"""Refusals that are true now, not for ever: the item is tried again."""
+
+
+class Delivering:
+    """The sender's end of the queue. `told` hears of everything that is dropped; `policies` are by class."""
+
+    def __init__(
+        self,
+        link: Link,
+        clock: Clock,
+        outbox: Outbox,
+        *,
+        topic: str,
+        policies: Mapping[str, Policy],
+        state: Callable[[], LinkState],
+        told: Callable[[Dropped], None],
+        ask_timeout_s: float,
+    ) -> None:
+        self._link = link
+        self._clock = clock
+        self._outbox = outbox
+        self._topic = topic
+        self._policies = policies
+        self._state = state
+        self._told = told
+        self._ask_timeout_s = ask_timeout_s
+        self._pace = ReplayPace(CAPACITY_BYTES_S, now=clock.monotonic())
+        self._wake = asyncio.Event()
+        self._chance = random.Random()  # noqa: S311 - jitter, not a secret
+        self._log = structlog.get_logger()
+        self.delivered = 0
+
+    async def put(self, parcel: Parcel) -> Stored:
+        """Keep a parcel until the neighbour has committed it; returns after our own commit. Raises: as `Outbox.put`."""
+        stored = await self._outbox.put(parcel)
+        self._tell(stored.dropped)
+        self._wake.set()
+        return stored
+
+    async def run(self, moved: Callable[[], None]) -> None:
+        """Deliver; ends only by cancellation."""
+        while True:
+            moved()
+            self._wake.clear()
+            if not (self._open and await self._round(moved)):
+                try:
+                    async with asyncio.timeout(TICK_S):
+                        await self._wake.wait()
+                except TimeoutError:
+                    continue
+
+    @property
+    def _open(self) -> bool:
+        return self._link.connected and self._state() is not LinkState.PARTITIONED
+
+    async def _round(self, moved: Callable[[], None]) -> bool:
+        """Take what is due and send it; False if there was nothing, or no way."""
+        try:
+            taken = await self._outbox.take(KINDS, items=WINDOW, lease_s=4 * self._ask_timeout_s)
+        except WorldError as error:
+            self._log.warning("queue_not_read", reason=error.reason, what=str(error))
+            return False
+        self._tell(taken.dropped)
+        if not taken.items:
+            return False
+        receipts: dict[int, bytes | None] = {}
+        async with asyncio.TaskGroup() as group:
+            for leased in taken.items:
+                await self._paced(leased)
+                moved()
+                group.create_task(self._send(leased, taken, receipts))
+        if receipts:
+            self.delivered += await self._outbox.acknowledge(receipts)
+        return bool(receipts)
+
+    async def _paced(self, leased: Leased) -> None:
+        """Wait until this item leaves room for live traffic."""
+        size = len(leased.payload)
+        while not self._pace.take(size, self._clock.monotonic()):
+            await asyncio.sleep(self._pace.wait_s(size, self._clock.monotonic()))
+
+    async def _send(self, leased: Leased, taken: Taken, receipts: dict[int, bytes | None]) -> None:
+        item = leased.item
+        message = Deferred(
+            incarnation=self._outbox.incarnation,
+            seq=item.seq,
+            floor=taken.floor,
+            item_kind=item.kind,
+            idem=item.idem,
+            payload=leased.payload,
+            key=item.key,
+        )
+        try:
+            receipt = decode(await self._link.ask(self._topic, encode(message), timeout_s=self._ask_timeout_s), Receipt)
+        except OursError:
+            raise
+        except TheirsError as error:
+            await self._failed(leased, Failure.FAILED if error.reason in PASSING else Failure.REFUSED, error)
+        except ApplianceError as error:
+            await self._failed(leased, Failure.UNREACHED, error)
+        else:
+            if receipt.idem == item.idem:
+                receipts[item.seq] = receipt.result
+            else:
+                await self._failed(leased, Failure.FAILED, TheirsError("receipt", f"names {receipt.idem[:64]!r}"))
+
+    async def _failed(self, leased: Leased, failure: Failure, error: ApplianceError) -> None:
+        """Do what the rules say with an item that was not received."""
+        item = leased.item
+        decided = settle(item, failure, self._policies[item.kind], self._outbox.now_s(), self._chance.random())
+        match decided:
+            case Retry(attempts=attempts, not_before_s=not_before_s):
+                await self._outbox.retry(item.seq, attempts, not_before_s)
+            case Bury(reason=reason):
+                self._log.error("item_buried", seq=item.seq, kind=item.kind, idem=item.idem, reason=reason, what=str(error))
+                self._tell(await self._outbox.bury(item.seq, f"{reason}: {error.reason}"))
+
+    def _tell(self, dropped: tuple[Dropped, ...]) -> None:
+        for each in dropped:
+            self._log.warning("item_dropped", seq=each.seq, kind=each.kind, idem=each.idem, reason=each.reason)
+            self._told(each)
