@@ -1,4 +1,4 @@
-"""Gathering: hears the vitals and events of all devices, and says once when one falls silent and once when it is back."""
+"""Gathering: hears the vitals of all devices, and says once when one falls silent and once when it is back."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import structlog
 
 from appliance.contract.codec import decode
 from appliance.contract.errors import TheirsError
-from appliance.contract.vitals import Event, Vitals
+from appliance.contract.vitals import Vitals
 from appliance.ports import Clock, Inbound, Link
 
 MISSED = 3
@@ -24,7 +24,6 @@ class Gathering:
         self._silent: set[str] = set()
         self._log = structlog.get_logger()
         link.on(f"v1/{region}/d/+/up/vitals", self._vitals)
-        link.on(f"v1/{region}/d/+/up/event", self._event)
 
     @property
     def devices(self) -> dict[str, Vitals]:
@@ -46,15 +45,6 @@ class Gathering:
         if device in self._silent:
             self._silent.discard(device)
             self._log.info("device_back", device=device)
-
-    async def _event(self, inbound: Inbound) -> None:
-        device = inbound.topic.split("/")[3]
-        try:
-            event = decode(inbound.payload, Event)
-        except TheirsError as error:
-            self._log.warning("event_refused", device=device, what=str(error))
-            return
-        self._log.info("device_event", device=device, what=event.what, **{f"data_{name}": value for name, value in event.fields.items()})
 
     async def run(self, moved: Callable[[], None]) -> None:
         """Look through the devices; ends only by cancellation."""

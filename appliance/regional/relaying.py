@@ -23,7 +23,7 @@ TICK_S = 0.5
 
 
 class Relaying:
-    """The newest good release, and the data keys of its artifacts (in memory only).
+    """The newest good release, and the data keys of its artifacts (in memory only); `online_only` are those that no lease may open.
 
     `secret`: the region's X25519 private key (32 bytes), under which the cloud sends data keys.
     """
@@ -41,6 +41,7 @@ class Relaying:
         self._offers: asyncio.Queue[bytes] = asyncio.Queue(maxsize=8)
         self._artifacts: dict[str, CompiledArtifact] = {}
         self._keys: dict[str, bytes] = {}
+        self.online_only: set[str] = set()
         self._log = structlog.get_logger()
         link.on(topics.upstream_release(region), self._offered)
         link.serve(f"v1/{region}/d/+/up/ask/chunk", self._chunk)
@@ -105,6 +106,7 @@ class Relaying:
     async def _fetch(self, manifest: Manifest, moved: Callable[[], None]) -> None:
         for artifact in artifacts_of(manifest):
             name = artifact.container_sha256
+            (self.online_only.add if manifest.offline == "never" else self.online_only.discard)(name)
             await Pull(self._link, self._depot, self._clock, topics.upstream_chunk(self._region), artifact, moved=moved).run()
             if name not in self._keys:
                 ask = RegionKeyAsk(artifact=name, public=region_public(self._secret))

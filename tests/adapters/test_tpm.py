@@ -1,21 +1,17 @@
 """The attestation exchange on a real software TPM: what opens the key, and every way in which it stays shut."""
 
 import asyncio
+import hashlib
 import os
 import random
 import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
 from tpm2_pytss import ESAPI
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CC, TPM2_SE
 from tpm2_pytss.types import TPM2B_ENCRYPTED_SECRET, TPM2B_ID_OBJECT
@@ -24,59 +20,18 @@ from tpm2_pytss.utils import NVReadEK, create_ek_template
 from appliance.adapters.tpm import EsysTpm
 from appliance.adapters.tpm import esys as adapter
 from appliance.adapters.tpm.objects import attestation_key, handles, hold, selection, unpack_public, unpack_signature
-from appliance.contract.attest import Approval, Challenge, Enrolled
-from appliance.contract.codec import decode, encode
+from appliance.contract.attest import Approval, Challenge
 from appliance.contract.errors import ApplianceError, TheirsError, WorldError
 from appliance.core.trust.anchors import PcrPolicy
 from appliance.core.trust.approval import approve_session, delegate
-from appliance.core.trust.attestation import Attestation, Verdict
 from appliance.core.trust.credential import make_credential
 from appliance.core.trust.endorsement import _check_template
-from appliance.core.trust.enrolment import Enrolment, Record
 from appliance.core.trust.policy import Policy
 from appliance.core.trust.tpm_structures import pack_verifier, parse_public
 from appliance.core.trust.tpm_wire import Command
 from appliance.lab import softtpm
 from appliance.ports import SealedKey
-
-
-class Software:
-    """One manufactured TPM and the process that runs it."""
-
-    def __init__(self) -> None:
-        self.state = Path(tempfile.mkdtemp(prefix="ap-", dir="/tmp"))
-        softtpm.manufacture(self.state, "dev-1")
-        self.port = softtpm.free_port()
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def tcti(self) -> str:
-        return softtpm.tcti(self.port)
-
-    def start(self) -> None:
-        """Start it and wait until it answers: a power-on."""
-        self.process = subprocess.Popen(softtpm.command(self.state, self.port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(100):
-            try:
-                with closing(ESAPI(self.tcti)):
-                    return
-            except RuntimeError:
-                time.sleep(0.02)
-        raise AssertionError("swtpm does not answer")
-
-    def cut(self) -> None:
-        """A power cut."""
-        assert self.process
-        self.process.kill()
-        self.process.wait()
-
-    def restart(self) -> None:
-        """A power cut and a power-on; an adapter that was connected will notice."""
-        self.cut()
-        self.start()
-
-    async def boot(self, tpm: EsysTpm, what: str = "image 1") -> None:
-        await softtpm.measured_boot(tpm, what)
+from tests.fakes.soft_tpm import Region, Software, attest, enrol, held, opened, refused
 
 
 @pytest.fixture(scope="module")
@@ -96,72 +51,9 @@ async def tpm(software: Software) -> AsyncIterator[EsysTpm]:
     await opened.close()
 
 
-@dataclass
-class Region:
-    """Root, region and the two machines of one device."""
-
-    trusted: list[bytes]
-    policy: PcrPolicy = field(default_factory=lambda: PcrPolicy("lab", trust_on_first_use=True, allow_zero_anchor=True))
-    root: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
-    key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
-    record: Record | None = None
-
-    @property
-    def public(self) -> bytes:
-        return pack_verifier(self.key.public_key())
-
-    def enrolment(self) -> Enrolment:
-        return Enrolment("dev-1", root_public=pack_verifier(self.root.public_key()), trusted=self.trusted, record=self.record)
-
-    def enrolled(self, record: Record) -> Enrolled:
-        return record.enrolled(self.public, delegate(self.root, self.public, record.reference))
-
-    def attestation(self) -> Attestation:
-        assert self.record
-        return Attestation(self.record, region=self.key, policy=self.policy)
-
-
 @pytest.fixture
 def region(software: Software) -> Region:
     return Region(softtpm.roots(software.state))
-
-
-async def enrol(tpm: EsysTpm, region: Region) -> SealedKey:
-    """The whole enrolment, each message over the wire."""
-    machine = region.enrolment()
-    challenge = machine.ask(wire(await tpm.enrol_ask()), now=0.0, wall=time.time(), chance=os.urandom)
-    region.record = machine.prove(wire(await tpm.prove(wire(challenge))), now=1.0, chance=os.urandom)
-    return await tpm.adopt(wire(region.enrolled(region.record)))
-
-
-async def attest(tpm: EsysTpm, region: Region, sealed: SealedKey) -> Verdict:
-    """Challenge, quote and verdict; the session waits for the approval."""
-    machine = region.attestation()
-    evidence = await tpm.evidence(sealed, wire(machine.ask(now=0.0, chance=os.urandom)))
-    verdict = machine.judge(wire(evidence), now=1.0)
-    region.record = verdict.record
-    return verdict
-
-
-async def opened(tpm: EsysTpm, region: Region, sealed: SealedKey) -> bytes:
-    return await tpm.unseal(sealed, wire((await attest(tpm, region, sealed)).approval))
-
-
-def wire(message: Any) -> Any:
-    return decode(encode(message), type(message))
-
-
-async def refused(tpm: EsysTpm, sealed: SealedKey, approval: Approval, reason: str, told: str) -> None:
-    """The TPM refuses with this reason and these words, and holds nothing afterwards."""
-    with pytest.raises(TheirsError, match=told) as refusal:
-        await tpm.unseal(sealed, approval)
-    assert refusal.value.reason == reason
-    assert refusal.value.remedy
-    assert await held(tpm) == []
-
-
-async def held(tpm: EsysTpm) -> list[int]:
-    return await tpm._run(handles)
 
 
 async def test_an_attested_device_opens_its_key(software: Software, tpm: EsysTpm, region: Region) -> None:
@@ -436,7 +328,7 @@ async def test_policy_digests_are_those_of_the_tpm(tpm: EsysTpm, region: Region)
             esys.policy_command_code(session, TPM2_CC.Unseal)
             seen.append(bytes(esys.policy_get_digest(session)))
             ticket = unpack_signature(approve(evidence).approved_signature)
-            digest = adapter.hashlib.sha256(seen[-1] + reference).digest()
+            digest = hashlib.sha256(seen[-1] + reference).digest()
             verified = esys.verify_signature(key, digest, ticket)
             esys.policy_authorize(session, seen[-1], name, verified, policy_ref=reference)
             seen.append(bytes(esys.policy_get_digest(session)))

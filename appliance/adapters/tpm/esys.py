@@ -2,7 +2,8 @@
 
 1. All commands run in one worker thread: a TPM does one thing at a time, and the loop never waits for it.
 2. What a call loads it flushes, also when it fails: a bare TPM has room for three objects and three sessions.
-   One thing outlives its call: the policy session of `evidence`, until `unseal`, the next `evidence`, `session_s`, or `close`.
+   One thing outlives its call: the policy session of `evidence` (or of `count_nonce`), until `unseal` (`count`), the next of either kind,
+   `session_s`, or `close`.
 3. The attestation key is in the endorsement hierarchy (elsewhere its quotes hide the reset count), the storage key in the owner's; both are derived
    from the TPM's seeds at each use, so nothing is stored.
 4. The policy session is salted to the storage key and encrypts the answer. So the storage key's name is compared with the enrolled one first:
@@ -11,7 +12,6 @@
 """
 
 import asyncio
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple
 
+import msgspec
 import structlog
 from tpm2_pytss import ESAPI
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CC, TPM2_SE, TPMA_SESSION
@@ -33,9 +34,11 @@ from tpm2_pytss.types import (
     TPMU_HA,
 )
 
+from appliance.adapters.tpm import selftest
+from appliance.adapters.tpm.leasing import assert_authorized, certify_counter, count, define_counter, unseal_leased
 from appliance.adapters.tpm.objects import (
-    PCR_COUNT,
     attestation_key,
+    checked_pcrs,
     digest_over,
     endorsement_key,
     flush,
@@ -44,6 +47,7 @@ from appliance.adapters.tpm.objects import (
     pack_public,
     pinned_storage_key,
     quote,
+    read_pcrs,
     selection,
     storage_key,
     trim_certificate,
@@ -51,9 +55,22 @@ from appliance.adapters.tpm.objects import (
     unpack_signature,
 )
 from appliance.adapters.tpm.refusals import AGAIN, step
-from appliance.contract.attest import Approval, Challenge, EnrolAsk, EnrolChallenge, Enrolled, EnrolProof, Evidence, quoted_nonce
+from appliance.contract.attest import (
+    Approval,
+    Challenge,
+    CountConsent,
+    EnrolAsk,
+    EnrolChallenge,
+    Enrolled,
+    EnrolProof,
+    Evidence,
+    Grant,
+    Lease,
+    SealedObject,
+    quoted_nonce,
+)
 from appliance.contract.errors import TheirsError, WorldError
-from appliance.ports import SealedKey
+from appliance.ports import SealedKey, Sight
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -61,12 +78,12 @@ Ts = TypeVarTuple("Ts")
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """The open policy session, and the PCRs and their digest that were quoted for it."""
+    """The open policy session, and the PCRs and their digest that were quoted for it (empty: it waits to count)."""
 
     session: ESYS_TR
     nonce: bytes
-    selection: str
-    digest: bytes
+    selection: str = ""
+    digest: bytes = b""
 
 
 class EsysTpm:
@@ -95,12 +112,32 @@ class EsysTpm:
 
     async def evidence(self, sealed: SealedKey, challenge: Challenge) -> Evidence:
         """Open a policy session and quote for it; it waits for `unseal`. Raises: TheirsError (`srk_name`, `malformed`), WorldError (`tpm`)."""
+        return await self._run_waiting(self._make_evidence, sealed.enrolled, challenge)
+
+    async def count_nonce(self, sealed: SealedKey, *, anew: bool) -> bytes:
+        """Make the generation counter if need be, and open a session to count in. Raises: TheirsError (`malformed`), WorldError (`tpm`, `owner`)."""
+        return await self._run_waiting(self._open_count, sealed.enrolled, anew)
+
+    async def count(self, sealed: SealedKey, consent: CountConsent) -> None:
+        """Count once; the session is spent either way. Raises: TheirsError (`expired`, `signature`, `policy`, `malformed`), WorldError (`tpm`)."""
         self._disarm()
-        try:
-            return await self._run(self._make_evidence, sealed.enrolled, challenge)
-        finally:  # also when the caller gave up: the worker thread goes on and may leave a session
-            self._disarm()
-            self._alarm = asyncio.get_running_loop().call_later(self._session_s, self._expire)
+        await self._run(self._count, sealed.enrolled, consent)
+
+    async def look(self, pcrs: Sequence[int]) -> Sight:
+        """Read PCRs, clock and reset count. Raises: TheirsError (`malformed`), WorldError (`tpm`)."""
+        return await self._run(self._look, pcrs)
+
+    async def unseal_leased(self, sealed: SealedKey, grant: Grant, lease: Lease) -> bytes:
+        """Open the leased key, in a session of its own.
+
+        Raises: TheirsError (`policy`, `signature`, `pcr`, `term`, `restarts`, `generation`, `srk_name`, `import`, `no_lease`, `malformed`),
+            WorldError (`tpm`).
+        """
+        return await self._run(unseal_leased, sealed.enrolled, sealed.leased_private, grant, lease)
+
+    async def self_test(self) -> None:
+        """Quote, and unseal an object of the test's own. Raises: WorldError (`tpm`, `self_test`)."""
+        await self._run(selftest.run)
 
     async def unseal(self, sealed: SealedKey, approval: Approval) -> bytes:
         """Satisfy the policy with the approval and return the 32-byte key; the session is spent either way.
@@ -119,6 +156,15 @@ class EsysTpm:
         self._disarm()
         await asyncio.get_running_loop().run_in_executor(self._pool, self._close)
         self._pool.shutdown(wait=False)
+
+    async def _run_waiting(self, work: Callable[[ESAPI, *Ts], T], *args: *Ts) -> T:
+        """Run what may leave a session that waits, and see that it does not wait for ever."""
+        self._disarm()
+        try:
+            return await self._run(work, *args)
+        finally:  # also when the caller gave up: the worker thread goes on and may leave a session
+            self._disarm()
+            self._alarm = asyncio.get_running_loop().call_later(self._session_s, self._expire)
 
     def _disarm(self) -> None:
         if self._alarm is not None:
@@ -154,8 +200,7 @@ class EsysTpm:
         return self._open_esys
 
     def _close(self) -> None:
-        with suppress(WorldError):
-            self._drop_waiting()
+        self._drop_waiting()
         if self._open_esys is not None:
             self._open_esys.close()
             self._open_esys = None
@@ -173,7 +218,8 @@ class EsysTpm:
     def _drop_waiting(self) -> None:
         waiting, self._waiting = self._waiting, None
         if waiting is not None and self._open_esys is not None:
-            flush(self._open_esys, waiting.session)
+            with suppress(WorldError):  # it died with the TPM's power; whatever else is wrong, the next command tells
+                flush(self._open_esys, waiting.session)
 
     def _read_identity(self, esys: ESAPI) -> EnrolAsk:
         with ExitStack() as loaded:
@@ -207,21 +253,19 @@ class EsysTpm:
     def _adopt(self, esys: ESAPI, enrolled: Enrolled) -> SealedKey:
         with ExitStack() as loaded, step("import"):
             srk = pinned_storage_key(esys, loaded, enrolled)
-            private = esys.import_(
-                srk,
-                b"",
-                unpack_public(enrolled.sealed_public),
-                TPM2B_PRIVATE(enrolled.duplicate),
-                TPM2B_ENCRYPTED_SECRET(enrolled.seed),
-                TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL),
+            session = SealedObject(
+                public=enrolled.sealed_public, duplicate=enrolled.duplicate, seed=enrolled.seed, policy_ref=enrolled.policy_ref
             )
-            return SealedKey(enrolled=enrolled, private=bytes(private))
+            leased = enrolled.leased
+            return SealedKey(
+                enrolled=enrolled,
+                private=_import(esys, srk, session),
+                leased_private=_import(esys, srk, leased) if leased is not None else b"",
+            )
 
     def _make_evidence(self, esys: ESAPI, enrolled: Enrolled, challenge: Challenge) -> Evidence:
         self._drop_waiting()
-        pcrs = sorted(set(challenge.pcrs))
-        if not pcrs or not 0 <= pcrs[0] <= pcrs[-1] < PCR_COUNT:
-            raise TheirsError("malformed", f"asks for PCRs {pcrs}; 0 to {PCR_COUNT - 1} exist", where="challenge")
+        pcrs = checked_pcrs(challenge.pcrs)
         with ExitStack() as session_kept, ExitStack() as loaded, step("quote"):
             srk = pinned_storage_key(esys, loaded, enrolled)
             session = esys.start_auth_session(srk, ESYS_TR.NONE, TPM2_SE.POLICY, "aes128cfb", TPM2_ALG.SHA256)
@@ -230,12 +274,44 @@ class EsysTpm:
             session_nonce = bytes(esys.trsess_get_nonce_tpm(session))
             loaded.close()
             ak = attestation_key(esys, loaded)[0]
-            values, attest, signature = quote(esys, ak, pcrs, quoted_nonce(challenge.nonce, session_nonce))
+            nonce = quoted_nonce(challenge.nonce, session_nonce)
+            values, attest, signature = quote(esys, ak, pcrs, nonce)
+            counter_attest, counter_signature = certify_counter(esys, ak, nonce)
             self._waiting = _Waiting(session, session_nonce, selection(pcrs), digest_over(values))
             session_kept.pop_all()
         return Evidence(
-            nonce=challenge.nonce, quote_attest=attest, quote_signature=signature, pcr_values=values, session_nonce=session_nonce
+            nonce=challenge.nonce,
+            quote_attest=attest,
+            quote_signature=signature,
+            pcr_values=values,
+            session_nonce=session_nonce,
+            counter_attest=counter_attest,
+            counter_signature=counter_signature,
         )
+
+    def _open_count(self, esys: ESAPI, enrolled: Enrolled, anew: bool) -> bytes:
+        self._drop_waiting()
+        if not enrolled.counter_ref or not (define_counter(esys, enrolled.root_public, enrolled.counter_ref) or anew):
+            return b""
+        with step("session"):
+            session = esys.start_auth_session(ESYS_TR.NONE, ESYS_TR.NONE, TPM2_SE.POLICY, None, TPM2_ALG.SHA256)
+            self._waiting = _Waiting(session, bytes(esys.trsess_get_nonce_tpm(session)))
+            return self._waiting.nonce
+
+    def _count(self, esys: ESAPI, enrolled: Enrolled, consent: CountConsent) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            raise TheirsError("expired", f"no session waits to count: none was opened, or {self._session_s:.0f} s passed", remedy=AGAIN)
+        with ExitStack() as kept:
+            session = hold(esys, kept, waiting.session)
+            esys.trsess_set_attributes(session, TPMA_SESSION.CONTINUESESSION)
+            count(esys, session, waiting.nonce, enrolled, consent)
+
+    def _look(self, esys: ESAPI, pcrs: Sequence[int]) -> Sight:
+        with step("look"):
+            values = read_pcrs(esys, checked_pcrs(pcrs))
+            now = esys.read_clock()
+            return Sight(pcr_values=values, clock_ms=int(now.clockInfo.clock), reset_count=int(now.clockInfo.resetCount))
 
     def _unseal(self, esys: ESAPI, sealed: SealedKey, approval: Approval) -> bytes:
         waiting, self._waiting = self._waiting, None
@@ -243,9 +319,9 @@ class EsysTpm:
             raise TheirsError("expired", f"no policy session waits: none was opened, or {self._session_s:.0f} s passed", remedy=AGAIN)
         with ExitStack() as loaded:
             session = hold(esys, loaded, waiting.session)
-            _assert_session(esys, waiting, sealed.enrolled, approval)
-            enrolled = sealed.enrolled
-            _assert_authorized(
+            enrolled = _as_approved(sealed.enrolled, approval)
+            _assert_session(esys, waiting, enrolled, approval)
+            assert_authorized(
                 esys, session, enrolled.root_public, enrolled.delegation, enrolled.delegation_signature, reference=enrolled.policy_ref
             )
             srk = pinned_storage_key(esys, loaded, enrolled)
@@ -273,14 +349,28 @@ def _assert_session(esys: ESAPI, waiting: _Waiting, enrolled: Enrolled, approval
         )
     with step("policy_command_code"):
         esys.policy_command_code(session, TPM2_CC.Unseal)
-    _assert_authorized(esys, session, enrolled.region_public, approval.approved, approval.approved_signature, reference=enrolled.policy_ref)
+    assert_authorized(esys, session, enrolled.region_public, approval.approved, approval.approved_signature, reference=enrolled.policy_ref)
 
 
-def _assert_authorized(esys: ESAPI, session: ESYS_TR, public: bytes, approved: bytes, signature: bytes, *, reference: bytes) -> None:
-    """Let the key `public` replace the session's digest, which must be `approved`, by its own authority."""
-    with ExitStack() as loaded:
-        with step("verify"):
-            key = hold(esys, loaded, esys.load_external(unpack_public(public), None, ESYS_TR.OWNER))
-            ticket = esys.verify_signature(key, hashlib.sha256(approved + reference).digest(), unpack_signature(signature))
-        with step("policy_authorize"):
-            esys.policy_authorize(session, approved, esys.tr_get_name(key), ticket, policy_ref=reference)
+def _as_approved(enrolled: Enrolled, approval: Approval) -> Enrolled:
+    """The enrolment with the region's present key, if the approval says that it was rotated; root's delegation proves it to the TPM."""
+    if not approval.region_public:
+        return enrolled
+    return msgspec.structs.replace(
+        enrolled,
+        region_public=approval.region_public,
+        delegation=approval.delegation,
+        delegation_signature=approval.delegation_signature,
+    )
+
+
+def _import(esys: ESAPI, srk: ESYS_TR, sealed: SealedObject) -> bytes:
+    private = esys.import_(
+        srk,
+        b"",
+        unpack_public(sealed.public),
+        TPM2B_PRIVATE(sealed.duplicate),
+        TPM2B_ENCRYPTED_SECRET(sealed.seed),
+        TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL),
+    )
+    return bytes(private)

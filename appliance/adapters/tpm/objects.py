@@ -27,6 +27,9 @@ EK_TEMPLATE = "EK-RSA2048"
 EK_HANDLE = 0x8101_0001
 """Where a maker leaves the RSA-2048 EK (TCG TPM v2.0 Provisioning Guidance, 7.8); making it anew takes seconds on real TPMs."""
 
+SRK_HANDLE = 0x8100_0011
+"""Where `appliance provision` leaves our storage key, so that it is there without the owner's authorisation; makers use 0x81000001."""
+
 _BORN_INSIDE = (
     TPMA_OBJECT.FIXEDTPM | TPMA_OBJECT.FIXEDPARENT | TPMA_OBJECT.SENSITIVEDATAORIGIN | TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.RESTRICTED
 )
@@ -71,7 +74,10 @@ def attestation_key(esys: ESAPI, loaded: ExitStack) -> tuple[ESYS_TR, TPM2B_PUBL
 
 
 def storage_key(esys: ESAPI, loaded: ExitStack) -> tuple[ESYS_TR, TPM2B_PUBLIC]:
-    """Make the storage root key: ECC P-256 with AES-128-CFB, in the owner hierarchy."""
+    """The storage root key, ECC P-256 with AES-128-CFB in the owner hierarchy: where provisioning left it, or made anew."""
+    found = persistent(esys, loaded, SRK_HANDLE)
+    if found is not None:
+        return found, esys.read_public(found)[0]
     template = TPM2B_PUBLIC.parse("ecc256:aes128cfb", objectAttributes=_BORN_INSIDE | TPMA_OBJECT.DECRYPT | TPMA_OBJECT.NODA)
     return primary(esys, loaded, template, ESYS_TR.OWNER)
 
@@ -89,12 +95,20 @@ def pinned_storage_key(esys: ESAPI, loaded: ExitStack, enrolled: Enrolled) -> ES
 def endorsement_key(esys: ESAPI, loaded: ExitStack) -> tuple[bytes | None, ESYS_TR]:
     """The EK's certificate and the EK, from its handle if the maker left it there."""
     certificate, template = create_ek_template(EK_TEMPLATE, NVReadEK(esys))
+    found = persistent(esys, loaded, EK_HANDLE)
+    return certificate, found if found is not None else primary(esys, loaded, template, ESYS_TR.ENDORSEMENT)[0]
+
+
+def persistent(esys: ESAPI, loaded: ExitStack, handle: int) -> ESYS_TR | None:
+    """A persistent object or NV index; None if there is none. Its place in the library, not in the TPM, is given back with the stack."""
     try:
-        return certificate, esys.tr_from_tpmpublic(EK_HANDLE)
+        found = esys.tr_from_tpmpublic(handle)
     except TSS2_Exception as error:
         if error.rc != _HANDLE_ABSENT:
             raise
-    return certificate, primary(esys, loaded, template, ESYS_TR.ENDORSEMENT)[0]
+        return None
+    loaded.callback(esys.tr_close, found)
+    return found
 
 
 def primary(esys: ESAPI, loaded: ExitStack, template: TPM2B_PUBLIC, hierarchy: ESYS_TR) -> tuple[ESYS_TR, TPM2B_PUBLIC]:
@@ -130,6 +144,14 @@ def handles(esys: ESAPI) -> list[int]:
         _, capability = esys.get_capability(TPM2_CAP.HANDLES, first, _MANY)  # a name of its own: its parts point into it
         found += [int(each) for each in capability.data.handles]
     return found
+
+
+def checked_pcrs(pcrs: Sequence[int]) -> list[int]:
+    """The PCRs in ascending order, each once. Raises: TheirsError (`malformed`) if there are none or a TPM has not so many."""
+    listed = sorted(set(pcrs))
+    if not listed or not 0 <= listed[0] <= listed[-1] < PCR_COUNT:
+        raise TheirsError("malformed", f"asks for PCRs {listed}; 0 to {PCR_COUNT - 1} exist", where="challenge")
+    return listed
 
 
 def selection(pcrs: Sequence[int]) -> str:

@@ -7,7 +7,7 @@
 3. One ask is pending at a time; a newer one replaces it. Its ticket holds for 60 s and is spent by the first proof that names it, good or bad.
 4. A device that enrols again keeps its EK, or is refused; it gets a new epoch and a new key. An EK that another device has is refused.
    What was learned on first use stays: enrolling again is no way around it. The reset count starts anew only with a new SRK (TPM2_Clear).
-5. The key is sealed to the SRK (credential.py) under root's policy (approval.py). Root signs outside this machine: `Record.enrolled` takes the delegation.
+5. Two keys are sealed to the SRK (credential.py) under root's policy (approval.py): one for sessions, one for leases. Root signs outside this machine: `Record.enrolled` takes the delegation.
 6. Time, chance and the wall clock are arguments. A refusal raises and changes nothing but the spent ticket.
 """
 
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from appliance.contract.attest import EnrolAsk, EnrolChallenge, Enrolled, EnrolProof
+from appliance.contract.attest import EnrolAsk, EnrolChallenge, Enrolled, EnrolProof, SealedObject
 from appliance.contract.errors import TheirsError, WorldError
-from appliance.core.trust.approval import Delegation, guarding_policy, policy_reference
+from appliance.core.trust.approval import Delegation, counter_reference, guarding_policy, leased_reference, policy_reference
 from appliance.core.trust.credential import KEY_BYTES, Chance, make_credential, wrap_sealed
 from appliance.core.trust.endorsement import verify_endorsement
 from appliance.core.trust.quote import check_attestation_key, check_storage_key, verify_certify
@@ -39,9 +39,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         ak_public: TPMT_PUBLIC of the key that signs this device's quotes.
         root_public: TPMT_PUBLIC of the key that the sealed key's policy names.
         sealed_public, duplicate, seed: the sealed key as `Enrolled` carries it.
-        kek: the key-encryption key itself, 32 bytes. The region needs it to wrap data keys. It is a field of its own so that a store can
-            keep it apart (encrypted, in an HSM): `without_key` is the rest, and attestation works with the rest alone.
+        leased: the second sealed key, which leases open.
+        kek, leased_kek: the key-encryption keys themselves, 32 bytes each. The region needs them to wrap data keys. They are fields of their own
+            so that a store can keep them apart: `without_key` is the rest, and attestation works with the rest alone.
+        kek_wrapped: both, as vault.py stores them.
         reset_count: of the last good quote. `pcr_values`: learned under `trust_on_first_use`.
+        generation: the TPM's counter as last certified, None before. Leases are given only from `generation_floor` on.
     """
 
     device: str
@@ -53,9 +56,14 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     sealed_public: bytes
     duplicate: bytes
     seed: bytes
+    leased: SealedObject | None = None
     kek: bytes = b""
+    leased_kek: bytes = b""
+    kek_wrapped: bytes = b""
     reset_count: int = 0
     pcr_values: dict[int, bytes] = {}
+    generation: int | None = None
+    generation_floor: int = 0
 
     def __repr__(self) -> str:
         """Name the record without its key: a traceback or a log must not hold it."""
@@ -89,15 +97,17 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             region_public=region_public,
             delegation=delegation.approved,
             delegation_signature=delegation.signature,
+            leased=self.leased,
+            counter_ref=counter_reference(self.ek_name),
         )
 
     def without_key(self) -> "Record":
-        """The record with an empty `kek`."""
-        return msgspec.structs.replace(self, kek=b"")
+        """The record without its keys."""
+        return msgspec.structs.replace(self, kek=b"", leased_kek=b"")
 
-    def with_key(self, kek: bytes) -> "Record":
-        """The record with its key put back."""
-        return msgspec.structs.replace(self, kek=kek)
+    def with_key(self, kek: bytes, leased_kek: bytes = b"") -> "Record":
+        """The record with its keys put back."""
+        return msgspec.structs.replace(self, kek=kek, leased_kek=leased_kek)
 
     def pack(self) -> bytes:
         """The stored form (JSON, bytes in base64); holds the key unless it was taken out."""
@@ -203,9 +213,9 @@ class Enrolment:
     def _seal(self, pending: _Pending, chance: Chance) -> Record:
         earlier = self.record
         epoch = earlier.epoch + 1 if earlier else 1
-        kek = chance(KEY_BYTES)
-        policy = guarding_policy(self._root_public, policy_reference(pending.ek_name, epoch))
-        sealed = wrap_sealed(pending.storage, policy, kek, chance)
+        same_srk = earlier is not None and earlier.srk_name == pending.storage.name
+        kek, leased_kek = chance(KEY_BYTES), chance(KEY_BYTES)
+        session = self._wrap(pending, policy_reference(pending.ek_name, epoch), kek, chance)
         return Record(
             device=self._device,
             epoch=epoch,
@@ -213,10 +223,18 @@ class Enrolment:
             ak_public=pending.attestation.raw,
             srk_name=pending.storage.name,
             root_public=self._root_public,
-            sealed_public=sealed.public,
-            duplicate=sealed.duplicate,
-            seed=sealed.seed,
+            sealed_public=session.public,
+            duplicate=session.duplicate,
+            seed=session.seed,
+            leased=self._wrap(pending, leased_reference(pending.ek_name, epoch), leased_kek, chance),
             kek=kek,
-            reset_count=earlier.reset_count if earlier and earlier.srk_name == pending.storage.name else 0,
+            leased_kek=leased_kek,
+            reset_count=earlier.reset_count if earlier and same_srk else 0,
             pcr_values=earlier.pcr_values if earlier else {},
+            generation=earlier.generation if earlier and same_srk else None,
+            generation_floor=earlier.generation_floor if earlier and same_srk else 0,
         )
+
+    def _wrap(self, pending: _Pending, reference: bytes, kek: bytes, chance: Chance) -> SealedObject:
+        sealed = wrap_sealed(pending.storage, guarding_policy(self._root_public, reference), kek, chance)
+        return SealedObject(public=sealed.public, duplicate=sealed.duplicate, seed=sealed.seed, policy_ref=reference)

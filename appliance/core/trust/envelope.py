@@ -47,8 +47,8 @@ def unwrap_for_region(answer: RegionKey, artifact: str, private: bytes) -> bytes
     return _opened(cipher, nonce, answer.wrapped, artifact, answer.artifact)
 
 
-def wrap_for_device(artifact: str, data_key: bytes, *, kek: bytes, epoch: int, nonce: bytes) -> WrappedKey:
-    """Encrypt a data key under a device's KEK. `kek`: 32 bytes; `nonce`: 12 random bytes."""
+def wrap_for_device(artifact: str, data_key: bytes, *, kek: bytes, epoch: int, nonce: bytes, leased: bool = False) -> WrappedKey:
+    """Encrypt a data key under a device's KEK. `kek`: 32 bytes; `nonce`: 12 random bytes; `leased`: which of the device's two KEKs it is."""
     _sized("data key", data_key, KEY_BYTES)
     cipher = AESGCM(_sized("KEK", kek, KEY_BYTES))
     return WrappedKey(
@@ -56,6 +56,7 @@ def wrap_for_device(artifact: str, data_key: bytes, *, kek: bytes, epoch: int, n
         epoch=epoch,
         nonce=nonce,
         wrapped=cipher.encrypt(_sized("nonce", nonce, NONCE_BYTES), data_key, artifact.encode()),
+        leased=leased,
     )
 
 

@@ -71,4 +71,6 @@ def fingerprint(manifest: Manifest) -> str:
         artifacts,
         [float(limits.min_vram_gb), limits.max_batch_size, float(limits.target_latency_ms)],
     ]
+    if (manifest.offline, manifest.at_term) != ("lease", "keep"):  # a release from before these fields keeps its fingerprint
+        fields += [manifest.offline, manifest.at_term]
     return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()

@@ -4,7 +4,8 @@
 2. It lives in the endorsement hierarchy: elsewhere a quote's reset count is obfuscated (facts of docs/rooms/trust.md). Its qualified name, which
    each statement carries, proves the place.
 3. The storage key is a restricted decryption key and a primary key of the owner hierarchy; the attestation key certifies that it is there.
-4. A quote counts if it carries the verifier's nonce, covers exactly the PCRs asked for in the bank sha256, and its digest is that of the values shown.
+4. A generation counter counts if the attestation key certified it over the verifier's nonce, and its Name is the one that only root can count.
+5. A quote counts if it carries the verifier's nonce, covers exactly the PCRs asked for in the bank sha256, and its digest is that of the values shown.
 """
 
 import hmac
@@ -16,7 +17,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from appliance.contract.errors import TheirsError
 from appliance.core.trust.policy import pcr_digest
-from appliance.core.trust.tpm_structures import Attest, Certified, ClockInfo, Public, Quoted, parse_attest, parse_signature
+from appliance.core.trust.tpm_structures import (
+    COUNTER_BYTES,
+    Attest,
+    Certified,
+    ClockInfo,
+    Contents,
+    Public,
+    Quoted,
+    parse_attest,
+    parse_signature,
+)
 from appliance.core.trust.tpm_wire import DIGEST_BYTES, PCR_COUNT, Algorithm, Attribute, Hierarchy
 
 _P256_BITS = 256
@@ -63,6 +74,22 @@ def verify_quote(attest: bytes, signature: bytes, *, attestation: Public, nonce:
     if not hmac.compare_digest(statement.stated.pcr_digest, pcr_digest(values)):
         raise TheirsError("quote", "the PCR values shown are not the ones that were quoted", where="quote")
     return statement.clock
+
+
+def verify_counter(attest: bytes, signature: bytes, *, attestation: Public, nonce: bytes, name: bytes) -> int:
+    """Check that `attestation` certified the counter called `name` over `nonce`, and return its value.
+
+    Raises: TheirsError (`counter`, `malformed`).
+    """
+    statement = _verified(attest, signature, attestation, nonce, "counter")
+    if not isinstance(statement.stated, Contents):
+        raise TheirsError("counter", "the attestation key signed something else than an NV index", where="generation counter")
+    if statement.stated.name != name:
+        what = "is not the one that only root can count: another index, another policy, or other attributes"
+        raise TheirsError("counter", what, where="generation counter", remedy="the device defines it anew")
+    if statement.stated.offset or len(statement.stated.contents) != COUNTER_BYTES:
+        raise TheirsError("counter", "was certified in part", where="generation counter")
+    return int.from_bytes(statement.stated.contents, "big")
 
 
 def _verified(attest: bytes, signature: bytes, key: Public, nonce: bytes, reason: str) -> Attest:

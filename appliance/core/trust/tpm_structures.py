@@ -1,6 +1,7 @@
 """The TPM structures that cross the wire: public areas, attestations and signatures.
 
-1. Sources: TPMT_PUBLIC Part 2, 12.2.4; TPMS_ATTEST Part 2, 10.12.12; TPMT_SIGNATURE Part 2, 11.3.4; Name Part 1, 16.
+1. Sources: TPMT_PUBLIC Part 2, 12.2.4; TPMS_ATTEST Part 2, 10.12.12; TPMT_SIGNATURE Part 2, 11.3.4;
+   TPMS_NV_PUBLIC Part 2, 13.5; Name Part 1, 16.
 2. Only what this appliance uses is accepted: RSA-2048, ECC P-256 and P-384, AES-CFB or no symmetric part, ECDSA, SHA-256 and SHA-384.
    An unknown algorithm is refused, not skipped, so nothing is ever checked half.
 3. A name is the hash of the very bytes that were received; what was signed is never rebuilt from parsed fields.
@@ -18,6 +19,7 @@ from appliance.core.trust.tpm_wire import (
     Attribute,
     Curve,
     Hierarchy,
+    NvAttribute,
     Reader,
     digest,
     malformed,
@@ -34,11 +36,15 @@ RSA_BITS = 2048
 RSA_EXPONENT = 65_537
 """The TPM's default, written as 0 in a public area (Part 2, 12.2.3.5)."""
 
+COUNTER_BYTES = 8
+
 _GENERATED = 0xFF54_4347
 _QUOTE = 0x8018
 _CERTIFY = 0x8017
+_NV = 0x8014
 _MAX_NAME = 66
 _MAX_DATA = 66
+_MAX_CONTENTS = 1024
 _MAX_SELECTIONS = 16
 _MAX_SELECT_BYTES = 4
 
@@ -100,6 +106,15 @@ class Certified:
 
 
 @dataclass(frozen=True, slots=True)
+class Contents:
+    """What a certification of an NV index states: the index's Name, and what is there from `offset` on."""
+
+    name: bytes
+    offset: int
+    contents: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Attest:
     """A TPMS_ATTEST; `extra_data` is the verifier's nonce."""
 
@@ -108,7 +123,7 @@ class Attest:
     extra_data: bytes
     clock: ClockInfo
     firmware_version: int
-    stated: Quoted | Certified
+    stated: Quoted | Certified | Contents
 
 
 def parse_public(content: bytes, where: str) -> Public:
@@ -128,7 +143,7 @@ def parse_public(content: bytes, where: str) -> Public:
 
 
 def parse_attest(content: bytes, where: str) -> Attest:
-    """Read a TPMS_ATTEST of a quote or a certification. Raises: TheirsError (`malformed`)."""
+    """Read a TPMS_ATTEST of a quote, or of a certified key or NV index. Raises: TheirsError (`malformed`)."""
     reader = Reader(content, where)
     if reader.u32() != _GENERATED:
         raise malformed(where, "was not made inside a TPM: the magic is not TPM_GENERATED")
@@ -137,13 +152,15 @@ def parse_attest(content: bytes, where: str) -> Attest:
     extra_data = reader.sized(_MAX_DATA)
     clock = ClockInfo(reader.u64(), reader.u32(), reader.u32(), reader.u8() == 1)
     firmware_version = reader.u64()
-    stated: Quoted | Certified
+    stated: Quoted | Certified | Contents
     if kind == _QUOTE:
         stated = Quoted(_selections(reader), reader.sized(64))
     elif kind == _CERTIFY:
         stated = Certified(reader.sized(_MAX_NAME), reader.sized(_MAX_NAME))
+    elif kind == _NV:
+        stated = Contents(reader.sized(_MAX_NAME), reader.u16(), reader.sized(_MAX_CONTENTS))
     else:
-        raise malformed(where, f"attests type 0x{kind:04x}, only a quote or a certification is accepted")
+        raise malformed(where, f"attests type 0x{kind:04x}, only quotes and certifications are accepted")
     reader.end()
     return Attest(content, signer, extra_data, clock, firmware_version, stated)
 
@@ -170,6 +187,14 @@ def pack_verifier(key: ec.EllipticCurvePublicKey) -> bytes:
     head = u16(Algorithm.ECC) + u16(Algorithm.SHA256) + u32(Attribute.SIGN | Attribute.USER_WITH_AUTH) + sized(b"")
     parameters = u16(Algorithm.NULL) + u16(Algorithm.ECDSA) + u16(Algorithm.SHA256) + u16(Curve.P256) + u16(Algorithm.NULL)
     return head + parameters + sized(numbers.x.to_bytes(32, "big")) + sized(numbers.y.to_bytes(32, "big"))
+
+
+def name_counter(index: int, auth_policy: bytes) -> bytes:
+    """The Name of a counter that was written at least once, may be read by all and counts only under `auth_policy` (SHA-256)."""
+    attributes = NvAttribute.POLICY_WRITE | NvAttribute.AUTH_READ | NvAttribute.NO_DA | NvAttribute.COUNTER | NvAttribute.WRITTEN
+    return u16(Algorithm.SHA256) + digest(
+        Algorithm.SHA256, u32(index) + u16(Algorithm.SHA256) + u32(attributes) + sized(auth_policy) + u16(COUNTER_BYTES)
+    )
 
 
 def _symmetric(reader: Reader) -> int:

@@ -52,6 +52,16 @@ class Attribute(IntFlag):
     SIGN = 0x0004_0000
 
 
+class NvAttribute(IntFlag):
+    """TPMA_NV (Part 2, 13.4); the type is in bits 4 to 7."""
+
+    POLICY_WRITE = 0x0000_0008
+    COUNTER = 0x0000_0010
+    AUTH_READ = 0x0004_0000
+    NO_DA = 0x0200_0000
+    WRITTEN = 0x2000_0000
+
+
 class Hierarchy(IntEnum):
     """TPM_RH (Part 2, 7.4)."""
 
@@ -62,11 +72,29 @@ class Hierarchy(IntEnum):
 class Command(IntEnum):
     """TPM_CC (Part 2, 6.5.2), those that appear in policies."""
 
+    NV_INCREMENT = 0x0000_0134
+    POLICY_NV = 0x0000_0149
     UNSEAL = 0x0000_015E
     POLICY_SIGNED = 0x0000_0160
     POLICY_AUTHORIZE = 0x0000_016A
     POLICY_COMMAND_CODE = 0x0000_016C
+    POLICY_COUNTER_TIMER = 0x0000_016D
     POLICY_PCR = 0x0000_017F
+
+
+class Comparison(IntEnum):
+    """TPM_EO (Part 2, 6.8): how a policy compares what the TPM holds with an operand."""
+
+    EQUAL = 0x0000
+    BELOW = 0x0005
+    AT_MOST = 0x0009
+
+
+class TimeField(IntEnum):
+    """Offsets in TPMS_TIME_INFO (Part 2, 10.11.6), big-endian: clock has 8 bytes, reset count 4."""
+
+    CLOCK = 8
+    RESET_COUNT = 16
 
 
 HASHES = {Algorithm.SHA256: "sha256", Algorithm.SHA384: "sha384"}
@@ -85,6 +113,11 @@ def u16(value: int) -> bytes:
 def u32(value: int) -> bytes:
     """Marshal a UINT32."""
     return value.to_bytes(4, "big")
+
+
+def u64(value: int) -> bytes:
+    """Marshal a UINT64."""
+    return value.to_bytes(8, "big")
 
 
 def sized(content: bytes) -> bytes:
