@@ -15,11 +15,12 @@ from pathlib import Path
 
 import structlog
 
+from appliance.cloud import cards
 from appliance.contract.admission import check
 from appliance.contract.errors import ApplianceError, TheirsError, WorldError
 from appliance.contract.inference import Request, Signature
 from appliance.contract.remote import AnswerHead, Ask, pack, unpack_ask
-from appliance.contract.vocabulary import Platform
+from appliance.contract.vocabulary import Mode, Platform
 from appliance.ports import Engine, Inbound
 
 TICK_S = 1.0
@@ -110,6 +111,17 @@ class Answering:
         have = ", ".join(f"{model} {version}" for (model, version), ready in self._models.items() if ready.signatures) or "nothing yet"
         what = f"{ask.head.model} {ask.head.version} is not computed here from its {ask.head.stage}"
         return TheirsError("unknown_model", what, where="cloud", remedy=f"computed here: {have}")
+
+
+def served_from(models: Path) -> tuple[Served, ...]:
+    """What lies in the cloud's model folder, one entry for each folder with a card. Raises: TheirsError (`malformed`, `model`), WorldError (`disk`)."""
+    found = []
+    for card_path in sorted(models.glob(f"*/{cards.CARD}")):
+        folder, card = card_path.parent, cards.read(card_path)
+        full = cards.files_of(folder, card)[Mode.FULL]
+        platform = Platform.ONNX if Platform.ONNX in full else Platform.LITERT
+        found.append(Served(card.model_id, card.version, platform, full[platform], cards.head_of(folder, card), card.accuracy))
+    return tuple(found)
 
 
 def _files(served: Served) -> Mapping[str, Path]:

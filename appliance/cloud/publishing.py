@@ -1,8 +1,9 @@
 """Turns folders of models into signed releases of encrypted artifacts, and serves their chunks and keys.
 
-1. A model is a folder: `model.toml` and one file for each platform, told by its suffix (.onnx, .tflite).
-2. A version names one content: the same version with other bytes or limits is refused, the same again changes nothing and costs no token.
-3. Each artifact is sealed with a fresh data key; key and manifest are stored before the release is signed.
+1. A model is a folder: `model.toml`, the full model's files and its variants' (`appliance.cloud.cards`); a head stays here.
+2. A version names one content: the same version with other bytes, limits, variants or figures is refused; the same again changes nothing and
+   costs no token.
+3. Each artifact, of the full model and of each variant, is sealed with a fresh data key; key and manifest are stored before the release is signed.
 4. Tokens come from one counter that only grows, and is stored before a token is used.
 5. `publish_all` is all or nothing: a mistake in one folder leaves the present release as it is.
 6. Only artifacts that were published here are served, by hash; older ones stay for devices that are still pulling them.
@@ -10,27 +11,23 @@
 
 import hashlib
 import os
-import re
 import secrets
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Protocol
 
 import msgspec
 import structlog
 
+from appliance.cloud import cards
+from appliance.cloud.cards import CARD, ModelCard
 from appliance.contract.errors import TheirsError, WorldError
-from appliance.contract.models import CHUNK_BYTES, CompiledArtifact, EdgeConstraints, Manifest, RegionKey, RegionKeyAsk, Release
-from appliance.contract.vocabulary import Platform
+from appliance.contract.models import CHUNK_BYTES, CompiledArtifact, EdgeConstraints, Manifest, RegionKey, RegionKeyAsk, Release, Variant
+from appliance.contract.vocabulary import Mode, Platform
 from appliance.core.trust.envelope import wrap_for_region
 
-SUFFIXES = {".onnx": Platform.ONNX, ".tflite": Platform.LITERT}
-CARD = "model.toml"
 _BOOK = "published.json"
 _log = structlog.get_logger(__name__)
-
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Repository(Protocol):
@@ -61,22 +58,12 @@ Seal = Callable[[Path, Path, bytes, bytes], CompiledArtifact]
 """`seal(source, destination, data_key, salt)`, as `appliance.adapters.sealed.seal`."""
 
 
-class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`model.toml`. `min_vram_gb` in GiB; `target_latency_ms` is for one request at batch 1."""
-
-    model_id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-    version: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,62}$")]
-    min_vram_gb: Positive
-    max_batch_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
-    target_latency_ms: Positive
-
-
 class _Model(msgspec.Struct, frozen=True):
-    """What a folder holds now."""
+    """What a folder holds now, by mode and platform; A is the full model."""
 
     card: ModelCard
-    files: dict[Platform, Path]
-    hashes: dict[Platform, str]
+    files: dict[Mode, dict[Platform, Path]]
+    hashes: dict[Mode, dict[Platform, str]]
 
 
 class _Book(msgspec.Struct):
@@ -169,9 +156,8 @@ class Publisher:
         known = self._known(model)
         if known is None:
             return
-        seen = {platform: each.sha256 for platform, each in known.compiled_artifacts.items()}
-        if seen != model.hashes or known.edge_constraints != _constraints(model.card):
-            what = f"version {model.card.version} of {model.card.model_id} was published with other bytes or limits"
+        if _content(known) != _content(_described(model, known.token, known.released_at, _unsealed(model))):
+            what = f"version {model.card.version} of {model.card.model_id} was published with other bytes, limits or figures"
             raise TheirsError("version_reused", what, where=_place(model), remedy="give it a new version")
 
     def _manifest(self, model: _Model) -> Manifest:
@@ -179,25 +165,24 @@ class Publisher:
         known = self._known(model)
         if known is not None:
             return known
-        artifacts = {platform: self._add(path) for platform, path in model.files.items()}
-        if {platform: each.sha256 for platform, each in artifacts.items()} != model.hashes:
+        artifacts = {mode: {platform: self._add(path) for platform, path in files.items()} for mode, files in model.files.items()}
+        if {mode: {platform: each.sha256 for platform, each in made.items()} for mode, made in artifacts.items()} != model.hashes:
             raise WorldError(
                 "model", "a model file changed while it was sealed", where=_place(model), remedy="publish again when it is written"
             )
         card = model.card
         self._book.token += 1
-        manifest = Manifest(
-            model_id=card.model_id,
-            version=card.version,
-            sha256=model.hashes.get(Platform.ONNX) or model.hashes[Platform.LITERT],
-            token=self._book.token,
-            compiled_artifacts=artifacts,
-            edge_constraints=_constraints(card),
-            released_at=self._wall(),
-        )
+        manifest = _described(model, self._book.token, self._wall(), artifacts)
         self._book.manifests.setdefault(card.model_id, {})[card.version] = manifest
         self._state.save(_BOOK, msgspec.json.encode(self._book))
-        _log.info("model_sealed", model=card.model_id, version=card.version, token=manifest.token, platforms=sorted(artifacts))
+        _log.info(
+            "model_sealed",
+            model=card.model_id,
+            version=card.version,
+            token=manifest.token,
+            modes="".join(sorted(artifacts)),
+            platforms=sorted(artifacts[Mode.FULL]),
+        )
         return manifest
 
     def _add(self, source: Path) -> CompiledArtifact:
@@ -233,51 +218,64 @@ def _read_book(state: State) -> _Book:
 
 
 def _read_model(folder: Path) -> _Model:
-    card = _read_card(folder / CARD)
+    card = cards.read(folder / CARD)
     try:
-        files = _model_files(folder)
-        hashes = {platform: _hash(path) for platform, path in files.items()}
+        files = cards.files_of(folder, card)
+        hashes = {mode: {platform: _hash(path) for platform, path in each.items()} for mode, each in files.items()}
     except OSError as error:
         raise WorldError("disk", str(error), where=str(folder)) from error
     return _Model(card, files, hashes)
 
 
-def _model_files(folder: Path) -> dict[Platform, Path]:
-    files: dict[Platform, Path] = {}
-    for path in sorted(folder.iterdir()):
-        platform = SUFFIXES.get(path.suffix)
-        if platform is None or not path.is_file():
-            continue
-        if platform in files:
-            raise TheirsError(
-                "model", f"{files[platform].name} and {path.name} are both for {platform}", where=str(folder), remedy="keep one"
-            )
-        files[platform] = path
-    if not files:
-        raise TheirsError(
-            "model", "there is no model file beside it", where=str(folder / CARD), remedy=f"add one of {', '.join(sorted(SUFFIXES))}"
+def _described(model: _Model, token: int, released_at: float, artifacts: dict[Mode, dict[Platform, CompiledArtifact]]) -> Manifest:
+    """Return the manifest of a folder whose files are these artifacts."""
+    card, full = model.card, artifacts[Mode.FULL]
+    variants = {
+        mode: Variant(
+            compiled_artifacts=artifacts[mode],
+            accuracy=each.accuracy,
+            latency_ms=each.latency_ms,
+            memory_bytes=each.memory_bytes,
+            how=each.how,
         )
-    return files
+        for mode, each in sorted(card.variants.items())
+    }
+    return Manifest(
+        model_id=card.model_id,
+        version=card.version,
+        sha256=(full.get(Platform.ONNX) or full[Platform.LITERT]).sha256,
+        token=token,
+        compiled_artifacts=full,
+        edge_constraints=_constraints(card),
+        released_at=released_at,
+        accuracy=card.accuracy,
+        latency_ms=card.latency_ms,
+        memory_bytes=card.memory_bytes,
+        example_shapes=card.example_shapes,
+        variants=variants,
+    )
 
 
-def _read_card(path: Path) -> ModelCard:
-    try:
-        text = path.read_text("utf-8")
-        return msgspec.convert(tomllib.loads(text), ModelCard)
-    except OSError as error:
-        raise WorldError("disk", str(error), where=str(path)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:  # the text names line and column
-        raise TheirsError("malformed", f"not TOML: {error}", where=str(path)) from error
-    except msgspec.ValidationError as error:
-        raise TheirsError("malformed", str(error), where=f"{path}{_line(text, str(error))}") from error
+def _unsealed(model: _Model) -> dict[Mode, dict[Platform, CompiledArtifact]]:
+    """Return artifacts of which only the plaintext's hash is known."""
+    blank = CompiledArtifact(size=0, sha256="", container_size=0, container_sha256="", root="")
+    return {mode: {platform: _bare(blank, each) for platform, each in hashes.items()} for mode, hashes in model.hashes.items()}
 
 
-def _line(text: str, error: str) -> str:
-    """Return `:N` for the line of the field that a validation error names, if it is in the text."""
-    named = re.search(r"\$\.(\w+)|unknown field `(\w+)`", error)
-    field = named and (named[1] or named[2])
-    lines = (number for number, line in enumerate(text.splitlines(), 1) if field and re.match(rf"\s*{field}\s*=", line))
-    return next((f":{number}" for number in lines), "")
+def _content(manifest: Manifest) -> Manifest:
+    """Return a manifest with nothing of its sealing in it: two of one content are equal."""
+    full = {platform: _bare(each, each.sha256) for platform, each in manifest.compiled_artifacts.items()}
+    variants = {
+        mode: msgspec.structs.replace(
+            each, compiled_artifacts={platform: _bare(made, made.sha256) for platform, made in each.compiled_artifacts.items()}
+        )
+        for mode, each in manifest.variants.items()
+    }
+    return msgspec.structs.replace(manifest, compiled_artifacts=full, variants=variants)
+
+
+def _bare(artifact: CompiledArtifact, sha256: str) -> CompiledArtifact:
+    return msgspec.structs.replace(artifact, size=0, sha256=sha256, container_size=0, container_sha256="", root="")
 
 
 def _refuse_doubles(models: list[_Model]) -> None:
@@ -295,7 +293,7 @@ def _constraints(card: ModelCard) -> EdgeConstraints:
 
 
 def _place(model: _Model) -> str:
-    return str(next(iter(model.files.values())).parent / CARD)
+    return str(next(iter(model.files[Mode.FULL].values())).parent / CARD)
 
 
 def _hash(path: Path) -> str:

@@ -24,6 +24,17 @@ class Site(Section, frozen=True, kw_only=True):
             raise ValueError("regions names one region twice")
 
 
+class Answer(Section, frozen=True, kw_only=True):
+    """The models that are computed here, for devices that cannot."""
+
+    workers: Annotated[int, Meta(ge=0, le=256, description="Child processes that run models; 0: the cloud computes nothing")] = 1
+    threads: Annotated[int, Meta(ge=0, le=128, description="Threads per worker; 0 shares the processors among the workers")] = 0
+    waiting: Annotated[
+        int, Meta(ge=0, le=64, description="Requests that may wait for each worker; beyond that they are refused at once")
+    ] = 4
+    dollars_per_hour: Annotated[float, Meta(ge=0, le=10_000, description="What one worker's machine costs; told with each answer")] = 0.5
+
+
 class Reach(Section, frozen=True, kw_only=True):
     """The broker on which the regions are reached."""
 
@@ -52,6 +63,7 @@ class Cloud(Section, frozen=True, kw_only=True):
     """The whole file of the cloud."""
 
     cloud: Site
+    answer: Answer = Answer()
     reach: Reach
     trust: Trust
     log: Log = Log()

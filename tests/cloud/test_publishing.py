@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import os
 import stat
 import time
@@ -16,7 +17,7 @@ from appliance.adapters.signing import Repository, file_signers
 from appliance.cloud.publishing import Publisher
 from appliance.contract.errors import ApplianceError, TheirsError, WorldError
 from appliance.contract.models import CHUNK_BYTES, CompiledArtifact, Manifest, RegionKeyAsk
-from appliance.contract.vocabulary import Platform
+from appliance.contract.vocabulary import Mode, Platform
 from appliance.core.trust.envelope import region_public, unwrap_for_region
 
 CARD = """\
@@ -268,3 +269,168 @@ def test_damaged_state_stops_the_cloud(cloud: Cloud) -> None:
     with pytest.raises(TheirsError) as caught:
         cloud.start()
     assert "backup" in caught.value.remedy
+
+
+BUNDLE = (
+    CARD
+    + """\
+accuracy = 0.96
+latency_ms = 20.0
+memory_bytes = 20_000_000
+
+[example_shapes]
+x = [3, 48, 320]
+
+[variants.B]
+files = ["b.onnx", "b.tflite"]
+accuracy = 0.95
+how = "blocks"
+
+[variants.D]
+files = ["features.onnx"]
+head = "head.onnx"
+latency_ms = 18.0
+memory_bytes = 15_000_000
+
+[refused]
+C = "worse and not cheaper"
+
+[measured]
+metric = "text"
+samples = 200
+machine = "one"
+onnxruntime = "1.32.0"
+"""
+)
+PARTS = {"b.onnx": b"B onnx" * 99, "b.tflite": b"B tflite" * 99, "features.onnx": b"D features" * 99, "head.onnx": b"D head" * 99}
+
+
+def write_bundle(cloud: Cloud, card: str = BUNDLE, **parts: bytes) -> Path:
+    folder = cloud.write(card=card, onnx=ONNX)
+    for name, content in {**PARTS, **parts}.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def opened(cloud: Cloud, artifact: CompiledArtifact, folder: Path) -> bytes:
+    """Pull, unwrap and decrypt an artifact as a device does."""
+    depot = Depot(folder)
+    for index in depot.missing(artifact):
+        depot.put(artifact, index, cloud.publisher.chunk(artifact.container_sha256, index))
+    ask = RegionKeyAsk(artifact=artifact.container_sha256, public=region_public(PRIVATE))
+    memory = Sealed().open(
+        depot.complete(artifact), artifact, unwrap_for_region(cloud.publisher.region_key(ask), artifact.container_sha256, PRIVATE)
+    )
+    content = os.pread(memory, artifact.size + 1, 0)
+    os.close(memory)
+    depot.close()
+    return content
+
+
+def test_a_bundle_is_published_whole(cloud: Cloud, tmp_path: Path) -> None:
+    """Every variant's file is sealed as the full model's is, and stands in the signed manifest with what was measured of it."""
+    write_bundle(cloud)
+    (manifest,) = cloud.offer()
+    assert (manifest.accuracy, manifest.latency_ms, manifest.memory_bytes) == (0.96, 20.0, 20_000_000)
+    assert manifest.example_shapes == {"x": [3, 48, 320]}
+    assert set(manifest.compiled_artifacts) == {Platform.ONNX}
+    assert set(manifest.variants) == {Mode.CONSTRAINED, Mode.CLOUD}
+    constrained, split = manifest.variants[Mode.CONSTRAINED], manifest.variants[Mode.CLOUD]
+    assert (constrained.accuracy, constrained.latency_ms, constrained.how) == (0.95, None, "blocks")
+    assert (split.accuracy, split.latency_ms, split.memory_bytes) == (None, 18.0, 15_000_000)
+    for number, (artifact, plain) in enumerate(
+        (
+            (manifest.compiled_artifacts[Platform.ONNX], ONNX),
+            (constrained.compiled_artifacts[Platform.ONNX], PARTS["b.onnx"]),
+            (constrained.compiled_artifacts[Platform.LITERT], PARTS["b.tflite"]),
+            (split.compiled_artifacts[Platform.ONNX], PARTS["features.onnx"]),
+        )
+    ):
+        assert opened(cloud, artifact, tmp_path / f"device-{number}") == plain
+    assert cloud.sealings == 4
+
+
+def test_the_head_stays_in_the_cloud(cloud: Cloud) -> None:
+    """It is no artifact, and the next version may have another one only as a version of its own features."""
+    write_bundle(cloud)
+    (manifest,) = cloud.offer()
+    hashes = {each.sha256 for variant in manifest.variants.values() for each in variant.compiled_artifacts.values()}
+    assert hashlib.sha256(PARTS["head.onnx"]).hexdigest() not in hashes
+    assert len(list((cloud.folder / "containers").iterdir())) == 4
+
+
+def test_a_version_names_one_bundle(cloud: Cloud) -> None:
+    """The same again costs nothing; another variant's bytes, another figure or one mode less need a new version."""
+    write_bundle(cloud)
+    first = cloud.offer()
+    cloud.start()
+    assert cloud.offer() == first
+    assert cloud.sealings == 4
+    for card, parts in (
+        (BUNDLE, {"features.onnx": b"other"}),
+        (BUNDLE.replace("0.95", "0.94"), {}),
+        (BUNDLE.replace("accuracy = 0.96", "accuracy = 0.97"), {}),
+        (BUNDLE.replace("[3, 48, 320]", "[3, 48, 480]"), {}),
+        (BUNDLE.replace('files = ["b.onnx", "b.tflite"]', 'files = ["b.onnx"]'), {}),
+    ):
+        write_bundle(cloud, card, **parts)
+        if "b.tflite" not in card:
+            (cloud.models / "reader" / "b.tflite").unlink()
+        assert cloud.refusal().reason == "version_reused"
+    write_bundle(cloud, BUNDLE.replace('"1.0"', '"1.1"'), **{"features.onnx": b"other"})
+    assert [each.token for each in cloud.offer()] == [2]
+    assert cloud.sealings == 8
+
+
+def test_a_model_published_without_variants_stays_as_it_is(cloud: Cloud) -> None:
+    """A state that an older cloud wrote has no variants in it: the same folder is still the same version."""
+    cloud.write(onnx=ONNX)
+    first = cloud.offer()
+    state = Depot(cloud.folder / "state")
+    stored = state.load("published.json") or b""
+    book = json.loads(stored)
+    for manifest in book["manifests"]["label-reader"].values():
+        for later in ("accuracy", "latency_ms", "memory_bytes", "example_shapes", "variants"):
+            del manifest[later]
+    state.save("published.json", json.dumps(book).encode())
+    state.close()
+    cloud.start()
+    assert cloud.offer() == first
+    assert cloud.sealings == 1
+
+
+MISTAKEN_BUNDLES = {
+    "mode A": (BUNDLE.replace("variants.B", "variants.A"), "malformed", "mode A is the model itself"),
+    "no head": (BUNDLE.replace('head = "head.onnx"\n', ""), "malformed", "mode D names no head"),
+    "head elsewhere": (BUNDLE.replace("[variants.B]\n", '[variants.B]\nhead = "head.onnx"\n'), "malformed", "mode B has a head"),
+    "no such mode": (BUNDLE.replace("variants.B", "variants.E"), "malformed", "Invalid enum value 'E'"),
+    "path": (BUNDLE.replace('"b.onnx"', '"../b.onnx"'), "malformed", ":14: "),
+    "share": (BUNDLE.replace("0.95", "95.0"), "malformed", ":15: "),
+    "unknown key": (BUNDLE.replace('how = "blocks"', 'colour = "red"'), "malformed", "unknown field `colour`"),
+    "missing file": (BUNDLE.replace('"b.tflite"', '"c.tflite"'), "model", "mode B names c.tflite"),
+    "no model file": (BUNDLE.replace('"b.tflite"', '"model.toml"'), "model", "mode B names model.toml"),
+    "two of a kind": (BUNDLE.replace('"b.tflite"', '"features.onnx"'), "model", "b.onnx and features.onnx are both for onnxruntime_onnx"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKEN_BUNDLES)
+def test_mistakes_in_a_bundle_are_named(cloud: Cloud, mistake: str) -> None:
+    """Nothing of it is sealed, and the offer stays."""
+    card, reason, what = MISTAKEN_BUNDLES[mistake]
+    folder = write_bundle(cloud, card)
+    if mistake == "missing file":
+        (folder / "b.tflite").unlink()
+    error = cloud.refusal()
+    assert error.reason == reason
+    assert what in str(error)
+    assert str(folder) in str(error)
+    assert cloud.sealings == 0
+
+
+def test_a_file_that_no_mode_names_is_not_taken_for_a_model(cloud: Cloud) -> None:
+    """Two files for one platform are an error that says how to tell them apart."""
+    folder = write_bundle(cloud)
+    (folder / "forgotten.onnx").write_bytes(b"x")
+    error = cloud.refusal()
+    assert "forgotten.onnx and model.onnx" in str(error)
+    assert "name it under the variant" in error.remedy
