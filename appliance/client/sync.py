@@ -1,213 +1,231 @@
-"""A small synchronous client: the Open Inference Protocol v2 over HTTP, on TCP or on a Unix socket, tensors in binary.
+"""The synchronous client: the Open Inference Protocol v2 over HTTP, on TCP or on a Unix socket, tensors in binary or in shared frames.
+
+It tries again where that helps, within the time that it has; it goes on to the next server, and in the end to the caller's own fallback
+(`retrying` has the rules, `aio` the same client for asyncio).
 
 Errors are those of the appliance: `TheirsError` for what the caller did wrong, `WorldError` with reason `busy` (and `retry_after_s`) where asking
-again helps, `unreachable` where nobody answers. An answer that breaks the protocol is a `TheirsError` (`malformed`): no other exception
-escapes. One connection, kept open; not for several threads at once.
+again helps, `unreachable` where nobody answers, `failed` where a server could not. An answer that breaks the protocol is a `TheirsError`
+(`malformed`): no other exception escapes. One connection for each server, kept open; not for several threads at once.
 """
 
-import http.client
-import json
+import contextlib
 import math
+import select
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
-from urllib.parse import quote, urlsplit
+from typing import Any, Self, TypeVar, Unpack
 
-import msgspec
-import numpy as np
+from appliance.client.asking import Inputs, Options
+from appliance.client.courses import TIMEOUT_S, Compute, Course, Courses, Exchange, Fallback, Lend, Pause, Step
+from appliance.client.exchange import Address, Asked, LostError, Reply, ReplyReader
+from appliance.client.frames import Frame, Lender
+from appliance.client.results import Deferred, Result
+from appliance.client.retrying import Policy
+from appliance.contract.errors import ApplianceError, WorldError
 
-from appliance.contract.errors import TheirsError, WorldError
-from appliance.contract.inference import DATATYPES, DTYPES, Array
-from appliance.contract.openinference import HEADER_LENGTH
-from appliance.contract.vocabulary import Datatype
+__all__ = ["TIMEOUT_S", "Appliance", "Deferred", "Frame", "Policy", "Result"]
 
-TIMEOUT_S = 30.0
-RETRYABLE = {429, 503}
-HTTP_OK = 200
-HTTP_SERVER_FAULT = 500
-DEFAULT_RETRY_S = 1.0
-LONGEST_RETRY_S = 3600.0
-MAX_ANSWER_BYTES = 256 * 1024 * 1024
-"""A whole answer is held in memory; a batch of 8 label readings is 13 MB."""
+CONNECT_S = 2.0
+LEND_S = 1.0
+"""How long a server may take to let us in, and to map a frame."""
+_NO_WAIT_S = 1e-3
 
-
-class _Output(msgspec.Struct):
-    name: str
-    datatype: Datatype
-    shape: list[int]
-    data: list[Any] | None = None
-    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
+T = TypeVar("T")
 
 
-class _Answer(msgspec.Struct):
-    outputs: list[_Output]
-    model_version: str = ""
-    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
+class Connection:
+    """One kept connection to one server."""
 
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._reader = ReplyReader(address.text)
+        self.socket: socket.socket | None = None
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
+    def close(self) -> None:
+        """Close; the next exchange connects again."""
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
 
-    def __init__(self, path: str, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
+    def exchange(self, asked: Asked, deadline: float) -> Reply:
+        """Send a request and return its reply. Raises: TheirsError (`malformed`), WorldError (`unreachable`; a LostError once it was sent)."""
+        if self.socket is not None and not self._is_quiet(self.socket):
+            self.close()
+        if self.socket is None:
+            self.socket = self._connected(deadline)
+            self._reader = ReplyReader(self._address.text)
+        try:
+            self._send(self.socket, asked, deadline)
+            reply = self._receive(self.socket, deadline)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                why = "it took too long" if isinstance(error, TimeoutError) else str(error)
+                raise LostError("unreachable", f"no answer: {why}", where=self._address.text) from error
+            raise
+        if not reply.keep:
+            self.close()
+        return reply
 
-    def connect(self) -> None:
-        """Connect to the socket's path."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+    def _is_quiet(self, kept: socket.socket) -> bool:
+        """Whether nothing came on a connection that waits: neither its end, nor bytes that belong to no request."""
+        try:
+            kept.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
+    def _connected(self, deadline: float) -> socket.socket:
+        address, within_s = self._address, min(CONNECT_S, _left_s(deadline))
+        try:
+            if not address.path:
+                fresh = socket.create_connection((address.host, address.port), within_s)
+                fresh.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                fresh.setblocking(False)
+                return fresh
+            with contextlib.ExitStack() as stack:
+                fresh = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                fresh.settimeout(within_s)
+                fresh.connect(address.path)
+                fresh.setblocking(False)
+                stack.pop_all()
+                return fresh
+        except OSError as error:
+            raise WorldError("unreachable", f"no answer: {error}", where=address.text, remedy="is the daemon running?") from error
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What came back: outputs by name, who made them, and in which mode."""
+    def _send(self, to: socket.socket, asked: Asked, deadline: float) -> None:
+        parts = [memoryview(part) for part in asked.render(self._address.host) if len(part)]
+        while parts:
+            try:
+                sent = to.sendmsg(parts)
+            except BlockingIOError:
+                _wait(to, select.POLLOUT, deadline)
+                continue
+            except (BrokenPipeError, ConnectionResetError):  # it may have refused what was still coming: the answer says why
+                return
+            while parts and sent >= len(parts[0]):
+                sent -= len(parts.pop(0))
+            if parts:
+                parts[0] = parts[0][sent:]
 
-    outputs: Mapping[str, Array]
-    model_version: str
-    mode: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    def _receive(self, source: socket.socket, deadline: float) -> Reply:
+        reply: Reply | None = None
+        while reply is None:
+            _wait(source, select.POLLIN, deadline)
+            reply = self._reader.filled(source.recv_into(self._reader.buffer()))
+        return reply
 
 
 class Appliance:
-    """The appliance at `http://host:port` or `unix:/path/of/the/socket`."""
+    """The appliance at `http://host:port` or `unix:/path/of/the/socket`, or several of them in order of preference.
 
-    def __init__(self, server: str, *, timeout_s: float = TIMEOUT_S) -> None:
-        self._server = server
-        if server.startswith("unix:"):
-            self._connection: http.client.HTTPConnection = _UnixConnection(server.removeprefix("unix:"), timeout_s)
-            return
-        try:
-            parts = urlsplit(server)
-            host, port = parts.hostname if parts.scheme == "http" else None, parts.port or 80
-        except ValueError:  # a port or an IPv6 address that is none
-            host, port = None, 0
-        if not host:
-            raise TheirsError("server", f"{server!r} is no address", remedy="write http://host:port or unix:/path")
-        self._connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    Attributes:
+        timeout_s: how long one call may take, with all its attempts.
+        policy: how often and how soon to try again; `retrying.ONCE` for never.
+        fallback: answers in the appliance's place where no server does: `fallback(model, inputs)` returns the outputs.
+    """
+
+    def __init__(
+        self,
+        server: str | Sequence[str],
+        *,
+        timeout_s: float = TIMEOUT_S,
+        policy: Policy | None = None,
+        fallback: Fallback | None = None,
+    ) -> None:
+        self._courses = Courses(server, timeout_s=timeout_s, policy=policy or Policy(), fallback=fallback)
+        self._connections = {each.text: Connection(each) for each in self._courses.servers}
+        self._lenders = {each.text: Lender(each.frames) for each in self._courses.servers if each.frames}
 
     def __enter__(self) -> Self:
         """Nothing is opened until the first call."""
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
-        """Close the connection."""
+        """Close the connections."""
         self.close()
 
     def close(self) -> None:
-        """Close the connection; a later call opens it again."""
-        self._connection.close()
+        """Close the connections; a later call opens them again."""
+        for connection in self._connections.values():
+            connection.close()
+        for lender in self._lenders.values():
+            lender.close()
 
     def ready(self) -> bool:
-        """Whether requests are taken. Raises: WorldError (`unreachable`)."""
-        return self._exchange("GET", "/v2/health/ready", b"", {})[0] == HTTP_OK
+        """Whether a server takes requests. Raises: WorldError (`unreachable`) if none answers."""
+        return self._run(self._courses.ready())
 
     def metadata(self, model: str) -> dict[str, Any]:
         """What the model takes and gives, and what its file says of itself (`parameters`). Raises: TheirsError, WorldError."""
-        status, headers, body = self._exchange("GET", f"/v2/models/{quote(model, safe='')}", b"", {})
-        self._check(status, headers, body)
-        try:
-            return msgspec.json.decode(body, type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise TheirsError("malformed", f"the model's metadata: {error}", where=self._server) from error
+        return self._run(self._courses.metadata(model))
 
-    def infer(self, model: str, inputs: Mapping[str, Array], *, parameters: Mapping[str, Any] | None = None) -> Result:
-        """Ask for all outputs. `inputs` are arrays whose axis 0 is the batch.
+    def infer(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+        """Ask for an answer. `inputs` are arrays or frames whose axis 0 is the batch; `Options` says what else may be asked.
 
         Raises: TheirsError (the server's text), WorldError (`busy`, `unreachable`, `failed`).
         """
-        tensors, parts = [], []
-        for name, array in inputs.items():
-            datatype = DATATYPES.get(array.dtype.newbyteorder("="))
-            if datatype is None:
-                raise TheirsError("datatype", f"arrays of {array.dtype} cannot be sent, only {', '.join(DATATYPES.values())}", where=name)
-            raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-            parts.append(raw)
-            tensors.append({"name": name, "shape": list(array.shape), "datatype": datatype, "parameters": {"binary_data_size": len(raw)}})
-        head = json.dumps({"inputs": tensors, "parameters": {**(parameters or {}), "binary_data_output": True}}).encode()
-        sent = {HEADER_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"}
-        status, headers, body = self._exchange("POST", f"/v2/models/{quote(model, safe='')}/infer", b"".join((head, *parts)), sent)
-        self._check(status, headers, body)
-        try:
-            return _result(body, headers.get(HEADER_LENGTH.lower()))
-        except (msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
-            raise TheirsError("malformed", f"the answer: {error}", where=self._server) from error
+        return self._run(self._courses.infer(model, inputs, options))
 
-    def _exchange(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
-        try:
-            self._connection.request(method, path, body=body or None, headers=headers)
-            response = self._connection.getresponse()
-            found = {name.lower(): value for name, value in response.getheaders()}
-            answer = _whole(response)
-        except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
-            raise WorldError("unreachable", f"no answer: {error}", where=self._server, remedy="is the daemon running?") from error
-        return response.status, found, answer
+    def submit(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result | Deferred:
+        """As `infer`, but where there is no answer now, a promise is welcome: the server keeps the request on its disk until it is answered."""
+        return self._run(self._courses.submit(model, inputs, options))
 
-    def _check(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        if status == HTTP_OK:
-            return
-        try:
-            text = str(json.loads(body)["error"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = f"HTTP status {status}"
-        if status in RETRYABLE:
-            raise WorldError("busy", text, where=self._server, retry_after_s=_retry_after_s(headers))
-        if status >= HTTP_SERVER_FAULT:
-            raise WorldError("failed", text, where=self._server)
-        raise TheirsError("refused", text, where=self._server)
+    def fetch(self, promise: Deferred | str, *, wait_s: float = 0.0) -> Result:
+        """Return the answer that was promised, after up to `wait_s`; an id alone is looked for at the first server.
 
+        Raises: TheirsError (`unknown_promise`: or it expired), WorldError (`pending`, `dropped` with the reason, `busy`, `unreachable`).
+        """
+        return self._run(self._courses.fetch(promise, wait_s))
 
-def _whole(response: http.client.HTTPResponse) -> bytes:
-    """Read the whole body. Raises: HTTPException if it is too large, or ends before its announced length."""
-    body = response.read(MAX_ANSWER_BYTES + 1)
-    if len(body) > MAX_ANSWER_BYTES:
-        raise http.client.HTTPException(f"more than {MAX_ANSWER_BYTES} bytes")
-    if response.length:
-        raise http.client.HTTPException(f"the answer ends {response.length} bytes early")
-    return body
+    def _run(self, course: Course[T]) -> T:
+        outcome: Any = None
+        raised: ApplianceError | None = None
+        with contextlib.closing(course):
+            while True:
+                try:
+                    step = course.send(outcome) if raised is None else course.throw(raised)
+                except StopIteration as end:
+                    value: T = end.value
+                    return value
+                outcome, raised = None, None
+                try:
+                    outcome = self._done(step)
+                except ApplianceError as error:
+                    raised = error
+
+    def _done(self, step: Step) -> Any:
+        match step:
+            case Exchange():
+                return self._connection(step.address).exchange(step.asked, step.deadline)
+            case Lend():
+                lender = self._lenders[step.address.text]
+                if step.anew:
+                    lender.close()
+                return lender.lend(step.frame, LEND_S)
+            case Pause():
+                return time.sleep(step.seconds)
+            case Compute():
+                return step.work()
+
+    def _connection(self, address: Address) -> Connection:
+        """The connection to a server; a promise may name one that this client was not given."""
+        found = self._connections.get(address.text)
+        return found or self._connections.setdefault(address.text, Connection(address))
 
 
-def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """Seconds until it is worth asking again: our milliseconds if given, else `Retry-After` in seconds, else one second."""
-    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            after_s = float(headers[name]) * unit_s
-        except (KeyError, ValueError):  # absent, or a date, which no server of this protocol sends
-            continue
-        if 0 <= after_s <= LONGEST_RETRY_S:
-            return after_s
-    return DEFAULT_RETRY_S
+def _left_s(deadline: float) -> float:
+    """Seconds until the deadline; a socket takes no time-out of 0, which would mean not to wait at all."""
+    return max(_NO_WAIT_S, deadline - time.monotonic())
 
 
-def _result(body: bytes, length: str | None) -> Result:
-    """Parse an answer. Raises: ValueError, TypeError, OverflowError or MsgspecError that says what is wrong with it."""
-    at = len(body) if length is None else int(length)
-    if not 0 <= at <= len(body):
-        raise ValueError(f"{HEADER_LENGTH} is {at}, the body has {len(body)} bytes")
-    answer = msgspec.json.decode(body[:at], type=_Answer)
-    outputs: dict[str, Array] = {}
-    for output in answer.outputs:
-        dtype = DTYPES.get(output.datatype)
-        if dtype is None:
-            raise ValueError(f"output {output.name} has datatype {output.datatype}, which this client does not read")
-        size = output.parameters.get("binary_data_size")
-        if size is None and output.data is None:
-            raise ValueError(f"output {output.name} has neither data nor a binary_data_size")
-        if size is None:
-            array = np.array(output.data, dtype)
-        elif not isinstance(size, int) or not 0 <= size <= len(body) - at:
-            raise ValueError(f"output {output.name} has binary_data_size {size}, {len(body) - at} bytes are left")
-        else:
-            array = np.frombuffer(body[at : at + size], dtype.newbyteorder("<"))  # the slice copies, so the array is aligned
-            at += size
-        outputs[output.name] = array.reshape(_checked(output, array.size))
-    return Result(outputs, answer.model_version, str(answer.parameters.get("mode", "")), answer.parameters)
-
-
-def _checked(output: _Output, size: int) -> list[int]:
-    if min(output.shape, default=0) < 0 or math.prod(output.shape) != size:
-        raise ValueError(f"output {output.name} has {size} elements for shape {output.shape}")
-    return output.shape
+def _wait(waiting: socket.socket, event: int, deadline: float) -> None:
+    """Wait until a socket can go on. Raises: TimeoutError at the deadline."""
+    poll = select.poll()
+    poll.register(waiting, event)
+    if not poll.poll(math.ceil(_left_s(deadline) * 1e3)):
+        raise TimeoutError

@@ -7,6 +7,8 @@
 Every error says what is wrong, where, and what to do: no traceback is needed to act on it.
 """
 
+import functools
+
 
 class ApplianceError(Exception):
     """The root of all errors raised on purpose.
@@ -27,6 +29,11 @@ class ApplianceError(Exception):
         self.where = where
         self.remedy = remedy
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle and copy all parts; the inherited way passes the parts after `what` by position, and fails."""
+        made = functools.partial(type(self), where=self.where, remedy=self.remedy, retry_after_s=self.retry_after_s)
+        return made, (self.reason, self.what), self.__dict__
 
     def __str__(self) -> str:
         """Render `where: what (remedy)` without empty parts."""

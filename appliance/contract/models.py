@@ -1,7 +1,7 @@
 """Models on their way from the cloud to a device: signed manifests, encrypted artifacts, chunks, keys."""
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import msgspec
 
@@ -60,6 +60,9 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
 class Manifest(Message, frozen=True, tag="manifest"):
     """One release of one model; a signed target of the metadata. `token` only ever grows: an older one is refused.
 
+    `offline`: "lease" opens under a lease without the region, "never" only with a fresh consent of it. `at_term`: what happens to a loaded
+    model when the device may hold its key no longer: "keep" serves on what is open, "stop" unloads it (docs/rooms/trust.md).
+
     `accuracy` to `activation_bytes` are those of the full model (see `Variant`). `example_shapes` has for each input the
     shape of one typical sample without the batch axis: what the device warms up and profiles with.
     """
@@ -79,6 +82,8 @@ class Manifest(Message, frozen=True, tag="manifest"):
     activation_bytes: float | None = None
     example_shapes: dict[str, list[int]] = msgspec.field(default_factory=dict)
     variants: dict[Mode, Variant] = msgspec.field(default_factory=dict)
+    offline: Literal["lease", "never"] = "lease"
+    at_term: Literal["keep", "stop"] = "keep"
 
 
 def artifacts_of(manifest: Manifest) -> Iterator[CompiledArtifact]:
@@ -111,13 +116,14 @@ class KeyAsk(Message, frozen=True, tag="key_ask"):
 
 
 class WrappedKey(Message, frozen=True, tag="wrapped_key"):
-    """AES-256-GCM(KEK, nonce, data key); additional data is the artifact's container hash. `epoch` names the KEK."""
+    """AES-256-GCM(KEK, nonce, data key); additional data is the artifact's container hash. `epoch` and `leased` name the KEK."""
 
     limit: ClassVar[int] = 1_024
     artifact: str
     epoch: int
     nonce: bytes
     wrapped: bytes
+    leased: bool = False
 
 
 class RegionKeyAsk(Message, frozen=True, tag="region_key_ask"):

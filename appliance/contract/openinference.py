@@ -1,29 +1,36 @@
-"""The wire of the Open Inference Protocol v2 (KServe, Triton): infer requests to `Request`, `Answer` to bytes, metadata and errors.
+"""The wire of the Open Inference Protocol v2 over HTTP (KServe, Triton): infer requests to `Request`, `Answer` to bytes.
 
 1. JSON tensors, and the binary tensor extension: `Inference-Header-Content-Length` bytes of JSON, then the binary tensors in the order
    of the inputs, each `parameters.binary_data_size` long, with nothing between or after them.
 2. Outputs are rendered as asked: `binary_data` of an output, else `binary_data_output` of the request, else JSON.
-3. Tags travel in the request's `parameters`: `priority` (0 highest to 9), `timeout` (microseconds as in Triton; 0 means none),
-   `latency_slo_ms`, `accept_degradation`, `accept_stale`, `accept_deferral`, `data_residency` and `max_cost_per_inference` (dollars).
-   Unknown parameters are ignored, except those that would change what the answer means (`classification`): these are refused.
-4. The answer's `parameters` say `mode`, `model_version` and `route`, and where there is something to say `confidence`, `why`, `cost`, `stale_age_s`.
+3. Tags travel in the request's `parameters`, and what made an answer in the answer's: `contract.tags`, shared with gRPC. Unknown parameters
+   are ignored, except those that would change what the answer means (`classification`): these are refused.
+4. What a server says of itself and of its models stands in `contract.openinference_catalog`, the bounds in `contract.openinference_bounds`.
 5. Any fault is a TheirsError that names the tensor or the JSON path; no input raises anything else.
 6. Binary inputs are views on the body: whoever keeps them keeps the body.
+7. Tensors may stand in memory that the caller lent: `contract.openinference_shared`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from appliance.contract.admission import check, datatype_of, quoted
 from appliance.contract.errors import OursError, TheirsError
-from appliance.contract.inference import Answer, Array, Request, Signature, Tags, TensorSpec
+from appliance.contract.frames import Regions
+from appliance.contract.inference import Answer, Array, Promise, Request
+from appliance.contract.openinference_bounds import MAX_JSON_BYTES, MAX_TENSORS, check_counts, check_id, datatype_named
+from appliance.contract.openinference_catalog import error, model_metadata, repository_index, server_metadata
 from appliance.contract.openinference_data import from_binary, from_json, to_binary, to_json
+from appliance.contract.openinference_shared import Part, Placed, Room, lent_input, lent_room
+from appliance.contract.tags import DEFAULT, Made, Parameters, made, tags
 from appliance.contract.vocabulary import Datatype
 
 __all__ = [
     "HEADER_LENGTH",
+    "MAX_JSON_BYTES",
+    "MAX_TENSORS",
     "Layout",
     "Parsed",
     "check",
@@ -31,41 +38,23 @@ __all__ = [
     "header_length",
     "model_metadata",
     "parse",
+    "promised",
     "render",
     "repository_index",
     "server_metadata",
 ]
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-MAX_TENSORS = 64
-"""Inputs, and outputs, of one request: more than any model here has."""
-MAX_JSON_BYTES = 16 * 1024 * 1024
-"""JSON numbers take 32 bytes each while they are parsed: this bounds it to about 0.25 GiB. Larger tensors travel in binary."""
-MAX_ID = 256
-PRIORITIES = range(10)
-_MICROSECONDS = 1e6
-_MOST_SLO_MS = 86_400_000
 _MAX_LENGTH_DIGITS = 12
-_DATATYPES = {str(datatype): datatype for datatype in Datatype}
-_DEFAULT_TAGS = Tags()
 _JSON = {"Content-Type": "application/json"}
 
 
-class _Parameters(msgspec.Struct):
+class _Parameters(Parameters):
     binary_data_output: bool = False
-    priority: int | None = None
-    timeout: int | None = None
-    accept_degradation: bool = True
-    accept_stale: bool = False
-    accept_deferral: bool = False
-    latency_slo_ms: float | None = None
-    data_residency: Literal["", "device", "region"] = ""
-    max_cost_per_inference: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
 
-class _InputParameters(msgspec.Struct):
+class _InputParameters(Part):
     binary_data_size: int | None = None
-    shared_memory_region: str | None = None
 
 
 class _Input(msgspec.Struct):
@@ -76,10 +65,9 @@ class _Input(msgspec.Struct):
     parameters: _InputParameters | None = None
 
 
-class _OutputParameters(msgspec.Struct):
+class _OutputParameters(Part):
     binary_data: bool | None = None
     classification: int = 0
-    shared_memory_region: str | None = None
 
 
 class _Output(msgspec.Struct):
@@ -102,24 +90,14 @@ class _Tensor(msgspec.Struct, omit_defaults=True):
     name: str
     datatype: str
     shape: Sequence[int]
-    parameters: _Size | None = None
+    parameters: _Size | Placed | None = None
     data: msgspec.Raw | None = None
-
-
-class _Made(msgspec.Struct, omit_defaults=True):
-    mode: str
-    model_version: str
-    route: str
-    why: str = ""
-    confidence: float | None = None
-    cost: float | None = None
-    stale_age_s: float | None = None
 
 
 class _Answer(msgspec.Struct, omit_defaults=True):
     model_name: str
     model_version: str
-    parameters: _Made
+    parameters: Made
     outputs: list[_Tensor]
     id: str = ""
 
@@ -129,10 +107,11 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Layout(NamedTuple):
-    """How the caller wants the outputs: in binary or in JSON, by output name and for those not named."""
+    """How the caller wants the outputs: in binary or in JSON, by output name and for those not named; or in memory that he lent."""
 
     default_binary: bool = False
     binary: Mapping[str, bool] = {}
+    rooms: Mapping[str, Room] = {}
 
 
 class Parsed(NamedTuple):
@@ -151,10 +130,18 @@ def header_length(text: str | None) -> int | None:
     return int(text)
 
 
-def parse(model: str, version: str, length: int | None, body: bytes | bytearray | memoryview) -> Parsed:
-    """Parse an infer request; `length` is the JSON part's size where binary tensors follow it.
+def parse(
+    model: str,
+    version: str,
+    length: int | None,
+    body: bytes | bytearray | memoryview,
+    regions: Regions | None = None,
+    *,
+    caller: Hashable = None,
+) -> Parsed:
+    """Parse an infer request; `length` is the JSON part's size where binary tensors follow it, `regions` is memory that callers lent.
 
-    Raises: TheirsError (`malformed`, `datatype`, `shape`, `oversized`).
+    Raises: TheirsError (`malformed`, `datatype`, `shape`, `oversized`, `unknown_region`, `shared_memory`).
     """
     view = memoryview(body)
     if length is not None and not 0 <= length <= len(view):
@@ -168,65 +155,63 @@ def parse(model: str, version: str, length: int | None, body: bytes | bytearray 
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as fault:
         remedy = "" if length is not None else f"where binary tensors follow the JSON, say its size in {HEADER_LENGTH}"
         raise TheirsError("malformed", str(fault), where="infer request", remedy=remedy) from fault
-    if len(asked.id) > MAX_ID:
-        raise TheirsError("malformed", f"id has {len(asked.id)} characters, at most {MAX_ID} are allowed")
+    check_id(asked.id)
     parameters = asked.parameters
     binary = {output.name: _wants_binary(output, parameters) for output in asked.outputs} if asked.outputs else {}
-    _check_numbers("outputs", len(asked.outputs), len(binary))
+    check_counts("outputs", len(asked.outputs), len(binary))
+    rooms = _rooms(asked.outputs, regions)
     request = Request(
         id=asked.id,
         model=model,
-        inputs=_inputs(asked.inputs, view[len(head) :]),
+        inputs=_inputs(asked.inputs, view[len(head) :], regions),
         version=version,
         outputs=tuple(binary),
-        tags=_DEFAULT_TAGS if parameters is None else _tags(parameters),
+        tags=DEFAULT if parameters is None else tags(parameters),
+        caller=caller,
     )
-    return Parsed(request, Layout(parameters is not None and parameters.binary_data_output, binary))
+    return Parsed(request, Layout(parameters is not None and parameters.binary_data_output, binary, rooms))
 
 
-def _inputs(tensors: list[_Input], binary: memoryview) -> dict[str, Array]:
+def _inputs(tensors: list[_Input], binary: memoryview, regions: Regions | None) -> dict[str, Array]:
     inputs: dict[str, Array] = {}
     if len(tensors) > MAX_TENSORS:
-        _check_numbers("inputs", len(tensors), len(tensors))
+        check_counts("inputs", len(tensors), len(tensors))
     offset = 0
     for tensor in tensors:
         size = None if tensor.parameters is None else _binary_size(tensor, tensor.parameters)
-        datatype = _datatype(tensor)
+        datatype = datatype_named(tensor.name, tensor.datatype)
         if size is None:
-            inputs[tensor.name] = _json_input(tensor, datatype)
+            inputs[tensor.name] = _other_input(tensor, datatype, regions)
             continue
         left = len(binary) - offset
         if not 0 <= size <= left:
             raise TheirsError("malformed", f"binary_data_size is {size}, the body has {left} bytes left", where=_where(tensor))
         inputs[tensor.name] = from_binary(tensor.name, datatype, tensor.shape, binary[offset : offset + size])
         offset += size
-    _check_numbers("inputs", len(tensors), len(inputs))
+    check_counts("inputs", len(tensors), len(inputs))
     if offset != len(binary):
         raise TheirsError("malformed", f"{len(binary) - offset} bytes are left in the body after the last input")
     return inputs
 
 
-def _json_input(tensor: _Input, datatype: Datatype) -> Array:
-    data = bytes(tensor.data)
+def _other_input(tensor: _Input, datatype: Datatype, regions: Regions | None) -> Array:
+    """Read an input that is not in the body's binary part: in JSON, or in memory that the caller lent."""
+    data, part = bytes(tensor.data), tensor.parameters
+    if part is not None and part.is_named:
+        lent = lent_input(part, tensor.name, datatype, tensor.shape, regions)
+        if data:
+            raise TheirsError("malformed", "it has both data and a shared_memory_region", where=_where(tensor))
+        return lent
     if not data:
         raise TheirsError("malformed", "it has neither data nor binary_data_size", where=_where(tensor))
     return from_json(tensor.name, datatype, tensor.shape, data)
 
 
 def _binary_size(tensor: _Input, parameters: _InputParameters) -> int | None:
-    if parameters.shared_memory_region is not None:
-        raise TheirsError("malformed", "shared memory is not served here", where=_where(tensor), remedy="send the data in the body")
-    if parameters.binary_data_size is not None and bytes(tensor.data):
-        raise TheirsError("malformed", "it has both data and binary_data_size", where=_where(tensor))
+    if parameters.binary_data_size is not None and (bytes(tensor.data) or parameters.is_named):
+        other = "data" if bytes(tensor.data) else "a shared_memory_region"
+        raise TheirsError("malformed", f"it has both {other} and binary_data_size", where=_where(tensor))
     return parameters.binary_data_size
-
-
-def _datatype(tensor: _Input) -> Datatype:
-    datatype = _DATATYPES.get(tensor.datatype)
-    if datatype is None:
-        what = f"datatype {quoted(tensor.datatype)} is unknown, expected one of {', '.join(_DATATYPES)}"
-        raise TheirsError("datatype", what, where=_where(tensor))
-    return datatype
 
 
 def _where(tensor: _Input) -> str:
@@ -236,51 +221,26 @@ def _where(tensor: _Input) -> str:
 def _wants_binary(output: _Output, parameters: _Parameters | None) -> bool:
     wanted = output.parameters
     if wanted is not None:
-        if wanted.classification or wanted.shared_memory_region is not None:
-            word = "classification" if wanted.classification else "shared memory"
-            raise TheirsError("malformed", f"{word} is not served here", where=f"output {quoted(output.name)}")
+        if wanted.classification:
+            raise TheirsError("malformed", "classification is not served here", where=f"output {quoted(output.name)}")
         if wanted.binary_data is not None:
             return wanted.binary_data
     return parameters is not None and parameters.binary_data_output
 
 
-def _check_numbers(what: str, listed: int, distinct: int) -> None:
-    if listed > MAX_TENSORS:
-        raise TheirsError("malformed", f"{listed} {what}, at most {MAX_TENSORS} are allowed")
-    if listed != distinct:
-        raise TheirsError("malformed", f"{what}: {listed} are listed under {distinct} names, expected one of each")
-
-
-def _tags(parameters: _Parameters) -> Tags:
-    priority, timeout = parameters.priority, parameters.timeout
-    if priority is not None and priority not in PRIORITIES:
-        raise TheirsError("malformed", "priority is outside 0 (highest) to 9 (lowest)", where="parameters")
-    if timeout is not None and not 0 <= timeout < 2**63:
-        raise TheirsError("malformed", "timeout is not a number of microseconds from 0", where="parameters")
-    return Tags(
-        priority=_DEFAULT_TAGS.priority if priority is None else priority,
-        timeout_s=timeout / _MICROSECONDS if timeout else None,
-        slo_s=None if parameters.latency_slo_ms is None else _slo_s(parameters.latency_slo_ms),
-        accept_degradation=parameters.accept_degradation,
-        accept_stale=parameters.accept_stale,
-        accept_deferral=parameters.accept_deferral,
-        data_residency=parameters.data_residency,
-        max_cost=parameters.max_cost_per_inference,
-    )
-
-
-def _slo_s(milliseconds: float) -> float:
-    if not 0 < milliseconds < _MOST_SLO_MS:
-        raise TheirsError(
-            "malformed", f"latency_slo_ms is not a number of milliseconds above 0 and below {_MOST_SLO_MS}", where="parameters"
-        )
-    return milliseconds / 1e3
+def _rooms(outputs: list[_Output], regions: Regions | None) -> Mapping[str, Room]:
+    return {
+        each.name: lent_room(each.parameters, regions, f"output {quoted(each.name)}")
+        for each in outputs
+        if each.parameters is not None and each.parameters.is_named
+    }
 
 
 def render(answer: Answer, layout: Layout) -> tuple[Mapping[str, str], list[bytes | memoryview]]:
     """Render an answer as (headers, body in parts); arrays travel without a copy where they are contiguous.
 
-    Raises: TheirsError (`datatype`: an output that JSON cannot carry was asked in JSON), OursError (an asked output is missing).
+    Raises: TheirsError (`datatype`: an output that JSON cannot carry was asked in JSON; `shared_memory`: it is larger than the room that was
+    given), OursError (an asked output is missing).
     """
     parts: list[bytes | memoryview] = [b""]
     outputs = []
@@ -289,53 +249,22 @@ def render(answer: Answer, layout: Layout) -> tuple[Mapping[str, str], list[byte
         datatype = None if array is None else datatype_of(array)
         if array is None or datatype is None:
             raise OursError("output", f"output {quoted(name)} of {answer.model} is {'missing' if array is None else array.dtype}")
-        if layout.binary.get(name, layout.default_binary):
+        if name in layout.rooms:
+            placed = layout.rooms[name].put(to_binary(array), f"output {quoted(name)}")
+            outputs.append(_Tensor(name, datatype, array.shape, placed))
+        elif layout.binary.get(name, layout.default_binary):
             data = to_binary(array)
             parts.append(data)
             outputs.append(_Tensor(name, datatype, array.shape, _Size(len(data))))
         else:
             outputs.append(_Tensor(name, datatype, array.shape, None, msgspec.Raw(to_json(name, datatype, array))))
-    made = _Made(answer.mode, answer.version, answer.route, answer.why, answer.confidence, answer.cost, answer.age_s)
-    head = _encode(_Answer(answer.model, answer.version, made, outputs, answer.id))
+    head = _encode(_Answer(answer.model, answer.version, made(answer), outputs, answer.id))
     parts[0] = head
     if len(parts) == 1:
         return _JSON, parts
     return {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(head))}, parts
 
 
-def model_metadata(name: str, versions: Sequence[str], signature: Signature, max_batch: int) -> bytes:
-    """Render a model's metadata; axes that the model leaves free are -1, `parameters` holds what the file says of itself."""
-    return _encode(
-        {
-            "name": name,
-            "versions": list(versions),
-            "platform": signature.platform,
-            "inputs": [_spec(spec) for spec in signature.inputs],
-            "outputs": [_spec(spec) for spec in signature.outputs],
-            "parameters": {**signature.metadata, "max_batch": max_batch},
-        }
-    )
-
-
-def _spec(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
-
-
-def server_metadata(name: str, version: str) -> bytes:
-    """Render the server's metadata with the extensions that it speaks."""
-    return _encode({"name": name, "version": version, "extensions": ["binary_tensor_data", "parameters"]})
-
-
-def repository_index(models: Sequence[tuple[str, str, bool, str]]) -> bytes:
-    """Render the repository's index from (name, version, ready, why not)."""
-    return _encode(
-        [
-            {"name": name, "version": version, "state": "READY" if ready else "UNAVAILABLE", "reason": why}
-            for name, version, ready, why in models
-        ]
-    )
-
-
-def error(what: str, reason: str = "") -> bytes:
-    """Render an error; `reason` is a stable code for programs, an addition to the protocol that its clients ignore."""
-    return _encode({"error": what, "reason": reason} if reason else {"error": what})
+def promised(promise: Promise) -> bytes:
+    """Render a promise: the id to fetch the answer with, and why there is none yet."""
+    return _encode({"id": promise.id, "why": promise.why})

@@ -54,7 +54,7 @@ def from_binary(name: str, datatype: Datatype, shape: Sequence[int], view: memor
     """Return an array over the bytes of one binary input. Raises: TheirsError (`shape`, `malformed`)."""
     elements = count(name, shape)
     if datatype is Datatype.BYTES:
-        return _object_array(_split(name, elements, view), shape)
+        return object_array(_split(name, elements, view), shape)
     dtype = DTYPES[datatype]
     if elements * dtype.itemsize != len(view):
         what = f"shape {list(shape)} of {datatype} needs {elements * dtype.itemsize} bytes, binary data has {len(view)}"
@@ -85,7 +85,8 @@ def _split(name: str, elements: int, view: memoryview) -> list[bytes]:
     return items
 
 
-def _object_array(items: list[bytes], shape: Sequence[int]) -> Array:
+def object_array(items: list[bytes], shape: Sequence[int]) -> Array:
+    """Return BYTES elements as an array of objects."""
     array = np.empty(len(items), object)
     array[:] = items
     return array.reshape(shape)
@@ -134,7 +135,7 @@ def _array(datatype: Datatype, values: list[Any]) -> Array:
         flat = texts.ravel().tolist()
         if not all(isinstance(text, str) for text in flat):  # numpy makes an array of lists where rows differ in length
             raise ValueError("its rows differ in length")
-        return _object_array([text.encode() for text in flat], texts.shape)
+        return object_array([text.encode() for text in flat], texts.shape)
     with np.errstate(over="ignore"):
         array: Array = np.array(values, DTYPES[datatype])
     if datatype is Datatype.FP32 and not np.isfinite(array).all():

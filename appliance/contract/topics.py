@@ -23,11 +23,6 @@ def vitals(region: str, device: str) -> str:
     return f"v1/{region}/d/{device}/up/vitals"
 
 
-def event(region: str, device: str) -> str:
-    """Device to region: `Event`, on each change worth telling."""
-    return f"v1/{region}/d/{device}/up/event"
-
-
 def enrol(region: str, device: str) -> str:
     """Device to region, request: `EnrolAsk`, answered by `EnrolChallenge`."""
     return f"v1/{region}/d/{device}/up/ask/enrol"

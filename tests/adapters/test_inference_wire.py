@@ -29,7 +29,7 @@ places = st.lists(st.tuples(sizes, shapes), max_size=8)
 @given(sizes, sizes, st.integers(0, (1 << 63) - 1), places)
 def test_packets_come_back_as_they_went(number: int, room: int, wanted: int, at: list[tuple[int, tuple[int, ...]]]) -> None:
     """Any batch message decodes to itself."""
-    run, done = protocol.Run(number, 1, 2, room, 64, wanted, at), protocol.Done(number, room, 0, at)
+    run, done = protocol.Run(number, 1, 2, room, 64, wanted, [(3, *one) for one in at]), protocol.Done(number, room, 0, at)
     assert protocol.decode_for_child(protocol.encode(run)) == run
     assert protocol.decode_for_daemon(protocol.encode(done)) == done
 
@@ -93,7 +93,7 @@ def test_a_child_cannot_truncate_what_the_daemon_maps() -> None:
 
 
 def exchange() -> Exchange:
-    return Exchange(1 << 20, lambda _one, _fd: None, lambda _one: None)
+    return Exchange(1 << 20, lambda _one, _fd: None, lambda _one: None, lambda _one: None)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ async def test_spilled_outputs_are_read_once_and_their_room_is_remembered() -> N
 
 async def test_who_waits_for_room_gets_it_or_is_told() -> None:
     """A full arena makes the next batch wait, not fail; a batch that can never fit is refused; closing wakes everyone."""
-    through = Exchange(4096, lambda _one, _fd: None, lambda _one: None)
+    through = Exchange(4096, lambda _one, _fd: None, lambda _one: None, lambda _one: None)
     form = Form(FORM_SIGNATURE)
     big = np.zeros((200, 4), np.float32)
     first = await through.put(form, {"x": big}, ())
@@ -144,7 +144,7 @@ async def test_who_waits_for_room_gets_it_or_is_told() -> None:
     with pytest.raises(WorldError, match="gone"):
         await last
     assert second.region.segment.ranges.used
-    fresh = Exchange(4096, lambda _one, _fd: None, lambda _one: None)
+    fresh = Exchange(4096, lambda _one, _fd: None, lambda _one: None, lambda _one: None)
     with pytest.raises(TheirsError, match="at most 4096"):
         await fresh.put(form, {"x": np.zeros((1000, 4), np.float32)}, ())
     fresh.close()

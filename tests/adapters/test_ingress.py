@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http as triton
+import tritonclient.utils as triton_utils
 import uvloop
 from structlog.testing import capture_logs
 
 from appliance.adapters.ingress import Bounds, Ingress
 from appliance.adapters.ingress.body import Intake
 from appliance.adapters.ingress.paths import Place, resolve
-from appliance.contract.errors import OursError, WorldError
+from appliance.contract.errors import OursError, TheirsError, WorldError
+from appliance.contract.inference import Promise
 from appliance.contract.vocabulary import Outcome
 from tests.fakes.desk import DoublingDesk
 
@@ -70,7 +72,7 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]
 
 
 @contextlib.asynccontextmanager
-async def running() -> AsyncIterator[Served]:
+async def running(**options: Any) -> AsyncIterator[Served]:
     """A served desk on both addresses."""
     folder = Path(tempfile.mkdtemp(prefix="ap-", dir="/tmp"))
     desk = DoublingDesk()
@@ -82,6 +84,7 @@ async def running() -> AsyncIterator[Served]:
         body_limit_bytes=LIMIT,
         bounds=BOUNDS,
         refused=lambda model, outcome: refused.append((model, outcome)),
+        **options,
     )
     await ingress.start("127.0.0.1", 0, folder / "api.sock")
     try:
@@ -583,6 +586,141 @@ async def test_a_taken_port_is_named(served: Served) -> None:
         await Ingress(served.desk, metrics=bytes, status=dict).start("127.0.0.1", served.ingress.port, None)
 
 
+def changing(change: str, body: bytes = b"", headers: str = "", model: str = "double") -> bytes:
+    """A request to load or unload a model."""
+    head = f"POST /v2/repository/models/{model}/{change} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+async def test_models_are_changed_through_the_unix_socket(served: Served) -> None:
+    """Whom the file's permissions let in may unload and load a model; metadata say so there, and the index follows."""
+    assert "model_repository" in json.loads((await served.raw(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n", unix=True))[2])["extensions"]
+    unload = changing("unload", b'{"parameters": {"unload_dependents": false}}')
+    assert (await served.raw(unload, unix=True))[0] == 200
+    assert (await served.raw(b"GET /v2/models/double/ready HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == 503
+    index = {"name": "double", "version": "1", "state": "UNAVAILABLE", "reason": "it is not loaded"}
+    for body, rows in ((b"", [index]), (b'{"ready": false}', [index]), (b'{"ready": true}', [])):
+        assert json.loads((await served.post(body, path="/v2/repository/index"))[2]) == rows
+    assert (await served.post(b'{"ready": "maybe"}', path="/v2/repository/index"))[0] == 400
+    assert (await served.raw(changing("load", b"{}"), unix=True))[0] == 200
+    assert (await served.raw(changing("load", model="none"), unix=True))[0] == 404
+    assert served.desk.changes == [("unload", "double"), ("load", "double")]
+    assert len(json.loads((await served.post(b'{"ready": true}', path="/v2/repository/index"))[2])) == 1
+
+
+@pytest.mark.parametrize("change", ["load", "unload"])
+@pytest.mark.parametrize(("repository", "tcp", "unix"), [("socket", 403, 200), ("everywhere", 200, 200), ("nowhere", 403, 403)])
+async def test_only_an_open_listener_changes_models(change: str, repository: str, tcp: int, unix: int) -> None:
+    """The setting and the listener decide before anything is read, and a refusal says where it may be done."""
+    async with running(repository=repository) as served:
+        for way, expected in ((False, tcp), (True, unix)):
+            served.desk.changes.clear()
+            status, _, body = await served.raw(changing(change), unix=way)
+            assert status == expected
+            assert served.desk.changes == ([(change, "double")] if expected == 200 else [])
+            if expected == 403:
+                assert ("use the Unix socket" if repository == "socket" else "serve.repository") in json.loads(body)["error"]
+                assert json.loads(body)["reason"] == "forbidden"
+            extensions = json.loads((await served.raw(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n", unix=way))[2])["extensions"]
+            assert ("model_repository" in extensions) == (expected == 200)
+
+
+async def test_a_web_page_changes_no_models() -> None:
+    """A page in a browser on this machine can reach loopback, but not without naming itself."""
+    async with running(repository="everywhere") as served:
+        status, _, body = await served.raw(changing("unload", headers="Origin: http://evil.example\r\n"))
+        assert status == 403
+        assert "web page" in json.loads(body)["error"]
+        assert served.desk.changes == []
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b'{"parameters": {"config": "{}"}}', "'config' would replace what was released"),
+        (b'{"parameters": {"file:1/model.onnx": "aGVsbG8="}}', "'file:1/model.onnx'"),
+        (b'{"parameters": 5}', "load request"),
+        (b"[" * 100_000, "load request"),
+        (b"\xff", "load request"),
+    ],
+)
+async def test_a_load_never_brings_its_own_files(served: Served, body: bytes, named: str) -> None:
+    """Triton's overrides would serve what nobody signed: they are refused, and nothing is loaded."""
+    status, _, answer = await served.raw(changing("load", body), unix=True)
+    assert status == 400
+    assert named in json.loads(answer)["error"]
+    assert served.desk.changes == []
+
+
+async def test_tritons_client_loads_and_unloads() -> None:
+    """Where it is open, Triton's client changes what is served."""
+    async with running(repository="everywhere") as served:
+
+        def ask() -> None:
+            client = triton.InferenceServerClient(f"127.0.0.1:{served.ingress.port}")
+            try:
+                client.unload_model("double")
+                assert not client.is_model_ready("double")
+                client.load_model("double")
+                assert client.is_model_ready("double")
+                assert client.get_model_repository_index()[0]["state"] == "READY"
+                with pytest.raises(triton_utils.InferenceServerException, match="would replace"):
+                    client.load_model("double", config="{}")
+            finally:
+                client.close()
+
+        await asyncio.to_thread(ask)
+
+
+async def test_a_load_that_fails_says_why(served: Served) -> None:
+    """What the desk says of it is the answer."""
+    served.desk.error = WorldError("memory", "it needs 900 MiB, 300 are free", where="double", remedy="unload another model")
+    status, headers, body = await served.raw(changing("load"), unix=True)
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert "900 MiB" in json.loads(body)["error"]
+
+
+async def test_a_promise_is_made_and_kept() -> None:
+    """Who accepts deferral may get 202 and an id; what is fetched by it is the promise again, the answer, or why there will be none."""
+    desk = DoublingDesk()
+    desk.promise = Promise("p/1", "no route", 2.5)
+    ingress = Ingress(desk, metrics=bytes, status=dict, counter=desk)  # type: ignore[arg-type] # it fetches, and nothing else is asked of it
+    await ingress.start("127.0.0.1", 0, None)
+    served = Served(ingress, desk, Path(), [])
+    fetch = b"GET /v2/deferred/p%2F1 HTTP/1.1\r\nHost: x\r\n\r\n"
+    try:
+        assert (await served.post(request()))[0] == 200
+        for seen in (await served.post(request()[:-1] + b', "parameters": {"accept_deferral": true}}'), await served.raw(fetch)):
+            assert (seen[0], seen[1]["retry-after"], seen[1]["retry-after-ms"]) == (202, "3", "2500")
+            assert json.loads(seen[2]) == {"id": "p/1", "why": "no route"}
+        desk.promise = None
+        status, headers, body = await served.raw(fetch)
+        assert (status, body[int(headers["inference-header-content-length"]) :]) == (200, np.ones(4, np.float16).tobytes())
+        for error, expected in ((WorldError("dropped", "too old"), 410), (TheirsError("unknown_promise", "nothing is known of it"), 404)):
+            desk.error = error
+            assert (await served.raw(fetch))[0] == expected
+    finally:
+        await ingress.close()
+
+
+async def test_without_a_counter_nothing_is_promised(served: Served) -> None:
+    """A device that makes no promises knows none."""
+    status, _, body = await served.raw(b"GET /v2/deferred/p HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (status, json.loads(body)["reason"]) == (404, "unknown_promise")
+
+
+async def test_callers_are_told_apart(served: Served) -> None:
+    """Requests of one connection have one caller, those of another another, for the backlog's fairness."""
+    reader, writer = await served.open()
+    for _ in range(2):
+        writer.write(f"{INFER}Content-Length: {len(request())}\r\n\r\n".encode() + request())
+        assert (await read_answer(reader))[0] == 200
+    await served.post(request())
+    writer.close()
+    first, again, another = (each.caller for each in served.desk.asked)
+    assert first == again != another
+
+
 @pytest.mark.parametrize(
     ("target", "place"),
     [
@@ -593,6 +731,10 @@ async def test_a_taken_port_is_named(served: Served) -> None:
         ("/v2/models/m/versions/3", Place("model", "GET", "m", "3")),
         ("/v2/models/m/versions/3/ready", Place("model_ready", "GET", "m", "3")),
         ("/v2/models/versions/infer", Place("infer", "POST", "versions")),
+        ("/v2/repository/models/a%2Fb/load", Place("load", "POST", "a/b")),
+        ("/v2/repository/models/m/unload/", Place("unload", "POST", "m")),
+        ("/v2/repository/models/m/remove", None),
+        ("/v2/repository/models//load", None),
         ("/v2/models/m/infer/more", None),
         ("/v2/models//infer", None),
         ("/v2/models/m/versions", None),

@@ -19,6 +19,7 @@ FEEDS: dict[str, Callable[[Meter], None]] = {
     "batch_limit": lambda meter: meter.limited("reader", 4),
     "worker_losses_total": lambda meter: meter.lost("hang"),
     "worker_memory_bytes": lambda meter: meter.worker(0, 1 << 20, 1 << 10),
+    "deferred_dropped_total": lambda meter: meter.dropped("telemetry", "expired"),
     "batch_utilization_ratio": lambda meter: meter.batch("reader", 0.5),
     "vram_fragmentation_ratio": lambda meter: meter.fragmented(0.25),
     "thermal_throttle_events_total": lambda meter: meter.throttled("oc1"),

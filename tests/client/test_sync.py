@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from appliance.client.retrying import ONCE, Policy
 from appliance.client.sync import Appliance
 from appliance.contract.errors import TheirsError, WorldError
 from appliance.contract.inference import DTYPES, Answer
@@ -62,9 +63,10 @@ def test_one_connection_serves_many_calls_and_parameters_travel(site: Any) -> No
     site.reply = echo
     with Appliance(site.tcp) as client:
         client.infer("m", {"x": np.zeros(1, np.float32)})
-        kept = client._connection.sock
+        kept = client._connections[site.tcp].socket
         client.infer("m", {"x": np.zeros(1, np.float32)}, parameters={"priority": 2})
-        assert client._connection.sock is kept
+        assert kept is not None
+        assert client._connections[site.tcp].socket is kept
     _, _, headers, body = site.asked[1]
     head = json.loads(body[: int(headers["inference-header-content-length"])])
     assert head["parameters"] == {"priority": 2, "binary_data_output": True}
@@ -105,7 +107,7 @@ def test_ready_and_metadata(site: Any) -> None:
 def test_busy_says_when_to_ask_again(site: Any, status: int, headers: dict[str, str], after_s: float) -> None:
     """429 and 503 are `busy` with the server's text and the finest hint that it gave."""
     site.reply = canned(status, b'{"error": "the backlog is full"}', **headers)
-    with Appliance(site.tcp) as client, pytest.raises(WorldError, match="the backlog is full") as caught:
+    with Appliance(site.tcp, policy=ONCE) as client, pytest.raises(WorldError, match="the backlog is full") as caught:
         client.infer("m", {})
     assert (caught.value.reason, caught.value.retry_after_s) == ("busy", pytest.approx(after_s))
 
@@ -129,12 +131,12 @@ def test_refusals_carry_the_servers_text(site: Any, *, status: int, payload: byt
 
 
 def test_nobody_there_is_unreachable() -> None:
-    """A closed port, an absent socket and a path that is too long are one kind of failure."""
+    """A closed port, an absent socket and a path that is too long are one kind of failure, once all attempts have failed."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         for server in (f"http://127.0.0.1:{taken.getsockname()[1]}", "unix:/nowhere/s", "unix:/" + "x" * 200):
             with pytest.raises(WorldError) as caught:
-                Appliance(server).ready()
+                Appliance(server, policy=Policy(attempts=3, backoff_s=0.01)).metadata("m")
             assert caught.value.reason == "unreachable"
 
 
@@ -148,7 +150,7 @@ def test_a_silent_server_is_given_up_in_time() -> None:
 def test_a_truncated_answer_is_unreachable_and_the_next_call_works(site: Any) -> None:
     """A server that dies within its answer costs one call; the client connects anew."""
     site.reply = canned(200, b'{"outputs"', Content_Length="100")
-    with Appliance(site.tcp) as client:
+    with Appliance(site.tcp, policy=ONCE) as client:
         with pytest.raises(WorldError) as caught:
             client.infer("m", {})
         assert caught.value.reason == "unreachable"
@@ -220,7 +222,7 @@ def test_an_answer_that_breaks_the_protocol_is_malformed(site: Any, payload: byt
 def test_whatever_comes_back_nothing_but_our_errors_escapes(site: Any, payload: bytes, length: str) -> None:
     """Garbage from a server is an ApplianceError or a result, never a foreign exception."""
     site.reply = canned(200, payload, **({"Inference_Header_Content_Length": length} if length else {}))
-    with Appliance(site.unix) as client:
+    with Appliance(site.unix, policy=ONCE) as client:
         for call in (lambda: client.infer("m", {}), lambda: client.metadata("m")):
             try:
                 call()

@@ -167,6 +167,7 @@ class PaperTpm:
         self.srk_attributes = 0x0003_0472
         self.ak_hierarchy = 0x4000_000B
         self.reset_count = 3
+        self.clock_ms = 2_000
 
     @property
     def ek_public(self) -> bytes:
@@ -197,7 +198,7 @@ class PaperTpm:
 
     def attest(self, kind: int, extra: bytes, stated: bytes) -> bytes:
         """TPMS_ATTEST."""
-        clock = (2_000).to_bytes(8, "big") + u32(self.reset_count) + u32(0) + b"\x01"
+        clock = self.clock_ms.to_bytes(8, "big") + u32(self.reset_count) + u32(0) + b"\x01"
         head = u32(0xFF54_4347) + u16(kind) + sized(qualified(self.ak_public, self.ak_hierarchy)) + sized(extra)
         return head + clock + bytes(8) + stated
 

@@ -1,6 +1,6 @@
 """Batches through shared memory: inputs are copied in once, outputs copied out once, nothing is pickled.
 
-1. One region per batch: the inputs in signature order, then room for the outputs.
+1. One region per batch: the inputs in signature order, then room for the outputs. Inputs that lie in a lent region stay there (`shares`).
 2. How much room outputs need is learned per input shapes: the first batch of a shape brings its outputs in a memfd of its own.
 3. Nothing that the child says is used unchecked: places must lie in the batch's own room, with the axes that the signature fixes.
 4. A memfd from the child is read, never mapped: the child could truncate it under a mapping.
@@ -16,7 +16,8 @@ import numpy as np
 
 from appliance.adapters.inference import tensors
 from appliance.adapters.inference.arena import Arena, Region, Segment
-from appliance.adapters.inference.protocol import Done, Place
+from appliance.adapters.inference.protocol import Done, Source
+from appliance.adapters.inference.shares import Lent, lent
 from appliance.contract.errors import OursError, TheirsError, WorldError
 from appliance.contract.inference import Array, Signature, TensorSpec
 
@@ -44,14 +45,22 @@ class Parcel:
     region: Region
     room_at: int
     room_bytes: int
-    places: Sequence[Place]
+    sources: Sequence[Source]
 
 
 class Exchange:
-    """The arena of one child, and what goes through it."""
+    """The arena of one child, and what goes through it. `lend` tells the child of a caller's region."""
 
-    def __init__(self, limit_bytes: int, announce: Callable[[Segment, int], None], retire: Callable[[Segment], None]) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        announce: Callable[[Segment, int], None],
+        retire: Callable[[Segment], None],
+        lend: Callable[[Lent], None],
+    ) -> None:
         self._arena = Arena(limit_bytes, announce, retire)
+        self._lend = lend
+        self._lent: set[int] = set()
         self._freed = asyncio.Event()
         self._closed = False
 
@@ -68,13 +77,25 @@ class Exchange:
         arrays = [inputs[spec.name] for spec in form.signature.inputs]
         wanted = sum(1 << bit for bit, spec in enumerate(form.signature.outputs) if not outputs or spec.name in outputs)
         sort: Sort = (wanted, *(array.shape for array in arrays))
-        offsets, inputs_bytes = tensors.lay(0, [array.nbytes for array in arrays])
         room_bytes = form.rooms.get(sort, 0)
-        region = await self._take(inputs_bytes + room_bytes)
-        places = [(region.offset + offset, array.shape) for offset, array in zip(offsets, arrays, strict=True)]
-        for (at, shape), array in zip(places, arrays, strict=True):
-            np.copyto(np.ndarray(shape, array.dtype, region.segment.memory, at), array)
-        return Parcel(form, sort, wanted, region, region.offset + inputs_bytes, room_bytes, places)
+        while True:
+            places = [lent(array) for array in arrays]  # anew after each wait: a region may have been closed meanwhile
+            sizes = [array.nbytes if place is None else 0 for array, place in zip(arrays, places, strict=True)]
+            offsets, inputs_bytes = tensors.lay(0, sizes)
+            region = self._take(inputs_bytes + room_bytes)
+            if region is not None:
+                break
+            self._freed.clear()
+            await self._freed.wait()
+        sources: list[Source] = []
+        for array, place, offset in zip(arrays, places, offsets, strict=True):
+            if place is None:
+                at = region.offset + offset
+                np.copyto(np.ndarray(array.shape, array.dtype, region.segment.memory, at), array)
+                sources.append((region.segment.number, at, array.shape))
+            else:
+                sources.append((self._known(place[0]), place[1], array.shape))
+        return Parcel(form, sort, wanted, region, region.offset + inputs_bytes, room_bytes, sources)
 
     def open(self, parcel: Parcel, done: Done, fd: int | None) -> dict[str, Array]:
         """Copy the outputs out. Raises: OursError (`protocol`), TheirsError (`oversized`)."""
@@ -121,18 +142,27 @@ class Exchange:
         parcel.form.rooms[parcel.sort] = done.spilled_bytes
         return outputs
 
-    async def _take(self, size: int) -> Region:
-        while not self._closed:
-            region = self._arena.take(max(size, tensors.ALIGN_BYTES))
-            if region is not None:
-                return region
-            if not self._arena.used:
-                raise TheirsError(
-                    "oversized", f"a batch of {size} bytes; at most {self._arena.limit_bytes} are allowed", remedy="send a smaller batch"
-                )
-            self._freed.clear()
-            await self._freed.wait()
-        raise WorldError("worker_lost", "the process is gone", where="inference child")
+    def forget(self, number: int) -> bool:
+        """Forget a lent region; True if the child knew of it, and is to be told."""
+        known = number in self._lent
+        self._lent.discard(number)
+        return known
+
+    def _known(self, mapping: Lent) -> int:
+        if mapping.number not in self._lent:
+            self._lend(mapping)
+            self._lent.add(mapping.number)
+        return mapping.number
+
+    def _take(self, size: int) -> Region | None:
+        if self._closed:
+            raise WorldError("worker_lost", "the process is gone", where="inference child")
+        region = self._arena.take(max(size, tensors.ALIGN_BYTES))
+        if region is None and not self._arena.used:
+            raise TheirsError(
+                "oversized", f"a batch of {size} bytes; at most {self._arena.limit_bytes} are allowed", remedy="send a smaller batch"
+            )
+        return region
 
 
 def _check(spec: TensorSpec, shape: tuple[int, ...], at: int, start: int, end: int) -> None:

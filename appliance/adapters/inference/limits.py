@@ -21,6 +21,7 @@ class Limits:
         retry_s: after how long a proven model that cannot be loaded again is tried once more; doubles up to `backoff_max_s`.
         arena_bytes: shared memory per child, at most.
         depth: batches that one child holds at a time: one runs while the next is copied in.
+        rest_s: after how long without a batch a child gives back what its C library keeps (0: never).
         restarts: losses within `restart_window_s` that are repaired without delay.
     """
 
@@ -31,6 +32,7 @@ class Limits:
     retry_s: float = 5.0
     arena_bytes: int = 134_217_728
     depth: int = 2
+    rest_s: float = 10.0
     restarts: int = 5
     restart_window_s: float = 30.0
     backoff_s: float = 1.0

@@ -4,14 +4,19 @@
 2. Shapes are fixed at compilation. If the interpreter can be resized to another batch and every output follows on axis 0, axis 0 is
    free (-1); if not (the face detector folds the batch into its anchors), the signature says the fixed batch and the caller obeys it.
 3. Outputs are views into the interpreter, valid until its next call.
+4. What executes the model is chosen by loading: each delegate library of `Options.delegates` (GPU first), then XNNPACK, then the built-in
+   kernels. A delegate may load and yet take nothing, so the graph is asked whether a part of it was handed over.
 """
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, OpResolverType, load_delegate
 
+from appliance.adapters.inference.backend import Options
 from appliance.contract.errors import TheirsError, WorldError
 from appliance.contract.inference import DATATYPES, Array, Signature, TensorSpec
 from appliance.contract.vocabulary import Platform
@@ -20,28 +25,37 @@ _TRIAL_BATCH = 3
 """A batch that no compiled model has by accident; only shapes are looked at."""
 
 
-class LiteRtModel:
-    """One LiteRT interpreter, with the XNNPACK delegate that it applies by default."""
+XNNPACK, PLAIN = "XNNPACK", "built-in kernels"
 
-    def __init__(self, threads: int) -> None:
+
+class LiteRtModel:
+    """One LiteRT interpreter."""
+
+    def __init__(self, threads: int, options: Options) -> None:
         self._threads = threads
+        self._libraries = options.delegates
         self._interpreter: Any = None
+        self._provider = ""
         self._inputs: list[dict[str, Any]] = []
         self._outputs: dict[str, int] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
 
     @property
     def provider(self) -> str:
-        """XNNPACK, which covers the operators that it knows; the rest run on the built-in kernels."""
-        return "XNNPACK"
+        """The delegate library, or XNNPACK, which covers the operators that it knows; the rest run on the built-in kernels."""
+        return self._provider
 
     def load(self, fd: int, size: int) -> Signature:
-        """Map the model and allocate its tensors. Raises: TheirsError (`model`), WorldError (`memory`)."""
-        try:
-            self._interpreter = Interpreter(model_path=f"/proc/self/fd/{fd}", num_threads=self._threads)
-            self._interpreter.allocate_tensors()
-        except Exception as error:
-            raise _translated(error, f"these {size} bytes") from error
+        """Map the model and allocate its tensors with the first that takes it. Raises: TheirsError (`model`), WorldError (`memory`)."""
+        refusals: list[Exception] = []
+        for attempt in self._attempts(f"/proc/self/fd/{fd}"):
+            try:
+                self._provider, self._interpreter = attempt()
+                break
+            except Exception as error:  # noqa: BLE001  (the next may take it; if none does, the last reason is raised)
+                refusals.append(error)
+        else:
+            raise _translated(refusals[-1], f"these {size} bytes") from refusals[-1]
         self._inputs = self._interpreter.get_input_details()
         self._outputs = {str(one["name"]): int(one["index"]) for one in self._interpreter.get_output_details()}
         self._shapes = {int(one["index"]): _axes(one["shape"]) for one in self._inputs}
@@ -62,8 +76,27 @@ class LiteRtModel:
             raise _translated(error, "this batch") from error
 
     def unload(self) -> None:
-        """Drop the interpreter; the mapping of the model goes with it."""
+        """Drop the interpreter; the mapping of the model and the delegate go with it."""
         self._interpreter = None
+
+    def _attempts(self, path: str) -> Iterator[Callable[[], tuple[str, Any]]]:
+        for library in self._libraries:
+            yield functools.partial(self._delegated, path, library)
+        for resolver in (OpResolverType.AUTO, OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES):
+            yield functools.partial(self._builtin, path, resolver)
+
+    def _delegated(self, path: str, library: str) -> tuple[str, Any]:
+        ctypes.CDLL(library)  # raises OSError where there is none; `load_delegate` would, and print another error when it is collected
+        interpreter = Interpreter(model_path=path, num_threads=self._threads, experimental_delegates=[load_delegate(library)])
+        if not _handed_over(interpreter):  # before the allocation, which lets XNNPACK take what is left
+            raise ValueError(f"{library} takes no part of this model")
+        interpreter.allocate_tensors()
+        return library, interpreter
+
+    def _builtin(self, path: str, resolver: Any) -> tuple[str, Any]:
+        interpreter = Interpreter(model_path=path, num_threads=self._threads, experimental_op_resolver_type=resolver)
+        interpreter.allocate_tensors()
+        return (XNNPACK if _handed_over(interpreter) else PLAIN), interpreter
 
     def _resize(self, shapes: dict[int, tuple[int, ...]]) -> None:
         if shapes == self._shapes:
@@ -87,6 +120,11 @@ class LiteRtModel:
             free = False  # refused: the shapes are compiled in
         self._resize(compiled)
         return free
+
+
+def _handed_over(interpreter: Any) -> bool:
+    """Whether a delegate took a part of the graph."""
+    return any(one["op_name"] == "DELEGATE" for one in interpreter._get_ops_details())  # noqa: SLF001  (nothing public tells)
 
 
 def _axes(shape: Any) -> tuple[int, ...]:

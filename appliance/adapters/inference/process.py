@@ -4,7 +4,8 @@
 2. Past the deadline of what comes first (`lanes`) the child hangs, and SIGKILL ends it, stopped or not. Before that is judged,
    the socket is read: a daemon that slept itself must not blame its child.
 3. A child that says what it must not (a tensor outside its room, an answer out of turn) is ended like one that hangs.
-4. It is reaped through a pidfd: no thread, no SIGCHLD handler, and nobody else's children.
+4. A process that is to `leave` is ended as soon as nothing is in flight in it.
+5. It is reaped through a pidfd: no thread, no SIGCHLD handler, and nobody else's children.
 """
 
 import asyncio
@@ -12,11 +13,8 @@ import contextlib
 import itertools
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
@@ -24,57 +22,57 @@ from appliance.adapters.inference import protocol
 from appliance.adapters.inference.arena import Segment
 from appliance.adapters.inference.exchange import Exchange, Form
 from appliance.adapters.inference.lanes import Lane, Pending
-from appliance.adapters.inference.limits import Limits
+from appliance.adapters.inference.recipe import Recipe, start
+from appliance.adapters.inference.shares import Lent
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
 from appliance.contract.inference import DTYPES, Array, Signature
 from appliance.contract.vocabulary import Platform
 
-_MODULE = "appliance.adapters.inference.child"
-_ROOT = str(Path(__file__).parents[3])
 _SIGNATURE_BYTES = 16_777_216
 """Metadata is at most 1 MiB, and JSON may escape a byte into six; the rest is names."""
 
-_ENVIRONMENT = {
-    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime >= 1.29 else reports models' names and hashes to its maker, and keeps a database in ~/.cache
-    "OMP_NUM_THREADS": "1",  # numpy must not start thread pools of its own
-    "OPENBLAS_NUM_THREADS": "1",
-}
-
-OnLost = Callable[[str, tuple[str, ...]], None]
+OnLost = Callable[["Process", str, tuple[str, ...]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a successful load said."""
+    """What a successful load said; the file's size and the growth on the GPU are added by who knows them."""
 
     signature: Signature
     provider: str
     grew_bytes: int
+    needs_bytes: int
+    weights_bytes: int = 0
+    gpu_bytes: int = 0
 
 
 class Process:
-    """One child process, started by construction; `on_lost(cause, models at work)` is called once unless it is closed first.
+    """One child process, started by construction; `on_lost(process, cause, models at work)` is called once unless it is closed first.
 
     Make it in the thread of a running event loop that lives as long as the daemon: the kernel kills a child when the
     thread that started it ends. Raises: WorldError (`worker_lost`) if no process can be started.
     """
 
-    def __init__(self, limits: Limits, threads: int, on_lost: OnLost) -> None:
+    def __init__(self, recipe: Recipe, on_lost: OnLost) -> None:
         self._loop = asyncio.get_running_loop()
-        self._limits = limits
+        self._limits = limits = recipe.limits
+        self._options = recipe.options
         self._on_lost = on_lost
         self._ids = itertools.count(1)
         self._batches = Lane(self._loop, self._judge)
         self._loads = Lane(self._loop, self._judge)
         self._reaped = asyncio.Event()
+        self._entering = 0
+        self._leaving = False
         self.alive = True
-        self.exchange = Exchange(limits.arena_bytes, self._announce, self._retire)
-        self.pss_bytes: int | None = None
+        self.exchange = Exchange(limits.arena_bytes, self._announce, self._retire, self._lend)
+        self.memory: protocol.Memory | None = None
         self.busy_ns = 0
+        self.batches = 0
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.setblocking(False)
         try:
-            self._popen, self._pidfd = _start(theirs.fileno(), threads)
+            self._popen, self._pidfd = start(theirs.fileno(), recipe)
         except OSError as error:
             self._sock.close()
             raise WorldError("worker_lost", f"no process could be started: {error}", where="inference child") from error
@@ -94,6 +92,17 @@ class Process:
         return self._popen.returncode
 
     @property
+    def rss_bytes(self) -> int | None:
+        """Its resident memory, shared pages included."""
+        with contextlib.suppress(OSError):
+            fd = os.open(f"/proc/{self.pid}/statm", os.O_RDONLY)
+            try:
+                return int(os.read(fd, 256).split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            finally:
+                os.close(fd)
+        return None
+
+    @property
     def in_flight(self) -> int:
         """Batches that the child holds."""
         return len(self._batches)
@@ -108,7 +117,7 @@ class Process:
         Raises: TheirsError (`model`), WorldError (`memory`, `worker_lost`).
         """
         pending = Pending(next(self._ids), model, self._limits.load_deadline_s, self._loop.create_future())
-        self._post(protocol.Load(pending.id, handle, platform, os.fstat(fd).st_size), fd)
+        self._post(protocol.Load(pending.id, handle, platform, os.fstat(fd).st_size, self._options), fd)
         report: LoadReport = await self._loads.add(pending)
         return report
 
@@ -124,19 +133,37 @@ class Process:
         The future raises TheirsError (`model`, `oversized`), WorldError (`memory`, `worker_lost`).
         Raises: the last three.
         """
-        parcel = await self.exchange.put(form, *batch)
+        self._entering += 1
+        try:
+            parcel = await self.exchange.put(form, *batch)
+        except BaseException:
+            self._entering -= 1
+            self._part()
+            raise
+        self._entering -= 1
         pending = Pending(next(self._ids), model, self._limits.batch_deadline_s, self._loop.create_future(), parcel)
         ask = protocol.Run(
-            pending.id, handle, parcel.region.segment.number, parcel.room_at, parcel.room_bytes, parcel.wanted, parcel.places
+            pending.id, handle, parcel.region.segment.number, parcel.room_at, parcel.room_bytes, parcel.wanted, parcel.sources
         )
         self._post(ask)
         return self._batches.add(pending)
 
     def measure(self) -> None:
-        """Ask the child for its memory, if it is idle; `pss_bytes` changes when it answers."""
+        """Ask the child for its memory, if it is idle; `memory` changes when it answers."""
         if self.alive and not self._batches:
             with contextlib.suppress(WorldError):
                 self._aside(protocol.Measure).cancel()  # nobody waits
+
+    def forget(self, number: int) -> None:
+        """Tell the child, if it knows of it, that a lent region is gone; batches that were sent before still read it."""
+        if self.alive and self.exchange.forget(number):
+            with contextlib.suppress(WorldError):
+                self._post(protocol.Drop(number))
+
+    def leave(self) -> None:
+        """End the process when what is in flight is answered; nobody is told. Give it nothing new."""
+        self._leaving = True
+        self._part()
 
     def kill(self, cause: str) -> None:
         """End the process now; with the cause `closed` nobody is told."""
@@ -150,6 +177,13 @@ class Process:
         pending = Pending(next(self._ids), "", self._limits.batch_deadline_s, self._loop.create_future())
         self._post(message(pending.id))
         return self._batches.add(pending)
+
+    def _part(self) -> None:
+        if self._leaving and not (self._entering or self._batches or self._loads):
+            self._end("closed")
+
+    def _lend(self, mapping: Lent) -> None:
+        self._post(protocol.Segment(mapping.number, len(mapping), lent=True), mapping.fd)
 
     def _announce(self, segment: Segment, fd: int) -> None:
         self._post(protocol.Segment(segment.number, segment.ranges.size), fd)
@@ -177,6 +211,8 @@ class Process:
         try:
             if packet:
                 self._take(protocol.decode_for_daemon(packet), fd)
+                if self._leaving:
+                    self._part()
             else:
                 self._end("exited")
         except OursError:
@@ -191,14 +227,16 @@ class Process:
             case protocol.Done():
                 self._finish(message, fd)
             case protocol.Loaded():
-                self.pss_bytes = message.pss_bytes
-                _settle(self._loads.take(message.id), LoadReport(_signature(fd), message.provider, message.grew_bytes))
+                self.memory = message.memory
+                report = LoadReport(_signature(fd), message.provider, message.grew_bytes, message.needs_bytes)
+                _settle(self._loads.take(message.id), report)
             case protocol.Failed():
                 self._fail(message)
             case protocol.Measured():
-                self.pss_bytes = message.pss_bytes
+                self.memory = message.memory
                 _settle(_without_parcel(self._batches.take(message.id)), None)
             case protocol.Hello():
+                self.memory = message.memory
                 _settle(self._loads.take(0), None)
 
     def _finish(self, done: protocol.Done, fd: int | None) -> None:
@@ -206,6 +244,7 @@ class Process:
         if pending.parcel is None:
             raise OursError("protocol", f"{done.id} was no batch")
         self.busy_ns += done.busy_ns
+        self.batches += 1
         try:
             if not pending.future.done():
                 _settle(pending, self.exchange.open(pending.parcel, done, fd))
@@ -243,7 +282,7 @@ class Process:
         busy = self._batches.fail(_lost) + self._loads.fail(_lost)
         self.exchange.close()
         if cause != "closed":
-            self._on_lost(cause, busy)
+            self._on_lost(self, cause, busy)
 
     def _reap(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -251,20 +290,6 @@ class Process:
         self._popen.poll()
         self._end("exited")
         self._reaped.set()
-
-
-def _start(fd: int, threads: int) -> tuple[subprocess.Popen[bytes], int]:
-    """Start the child without its daemon's standard streams but stderr."""
-    search = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": search} | _ENVIRONMENT
-    command = [sys.executable, "-P", "-m", _MODULE, str(fd), str(os.getpid()), str(threads)]
-    popen = subprocess.Popen(command, pass_fds=(fd,), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
-    try:
-        return popen, os.pidfd_open(popen.pid)
-    except OSError:
-        popen.kill()
-        popen.wait()
-        raise
 
 
 def _without_parcel(pending: Pending) -> Pending:

@@ -12,10 +12,11 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from appliance.adapters.inference.backend import Options
 from appliance.contract.errors import OursError
 from appliance.contract.vocabulary import Platform
 
@@ -29,7 +30,9 @@ _JSON = ord("{")
 
 Shape = tuple[int, ...]
 Place = tuple[int, Shape]
-"""Where a tensor lies: byte offset in its segment (or memfd), and its shape."""
+"""Where an output lies: byte offset in its batch's segment (or memfd), and its shape."""
+Source = tuple[int, int, Shape]
+"""Where an input lies: number of its segment, byte offset in it, and its shape."""
 
 
 class Load(msgspec.Struct, tag="load", frozen=True):
@@ -39,6 +42,7 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     handle: int
     platform: Platform
     size: int
+    options: Options
 
 
 class Unload(msgspec.Struct, tag="unload", frozen=True):
@@ -55,10 +59,11 @@ class Measure(msgspec.Struct, tag="measure", frozen=True):
 
 
 class Segment(msgspec.Struct, tag="segment", frozen=True):
-    """To the child: map the shared memory in the descriptor beside this."""
+    """To the child: map the shared memory in the descriptor beside this; what is `lent` belongs to a caller, and is only read."""
 
     number: int
     size: int
+    lent: bool = False
 
 
 class Drop(msgspec.Struct, tag="drop", frozen=True):
@@ -67,22 +72,37 @@ class Drop(msgspec.Struct, tag="drop", frozen=True):
     number: int
 
 
+class Memory(msgspec.Struct, frozen=True):
+    """What the child holds now, in bytes.
+
+    `held` is its anonymous memory: unlike `pss` it does not change when another process begins or ends to share a library, so it can be
+    held against `base`, what python and the imported run-times took. `resting`: it has given back what it could since its last batch.
+    """
+
+    pss: int
+    held: int
+    base: int
+    resting: bool
+
+
 class Hello(msgspec.Struct, tag="hello", frozen=True):
     """To the daemon: the child is up."""
 
     id: int
+    memory: Memory
 
 
 class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     """To the daemon: the model runs on `provider`; its `Signature` as JSON is in the descriptor beside this.
 
-    `grew_bytes` is by how much the child's PSS grew in this load.
+    By `grew_bytes` the child's PSS grew in this load, run-time included; by `needs_bytes` what it holds, without the run-time.
     """
 
     id: int
     provider: str
     grew_bytes: int
-    pss_bytes: int
+    needs_bytes: int
+    memory: Memory
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
@@ -94,14 +114,14 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
 
 
 class Measured(msgspec.Struct, tag="measured", frozen=True):
-    """To the daemon: the child's proportional set size."""
+    """To the daemon: what the child holds."""
 
     id: int
-    pss_bytes: int
+    memory: Memory
 
 
 class Run(NamedTuple):
-    """To the child: run a batch whose inputs lie at `places`, in signature order, and write outputs into the room given."""
+    """To the child: run a batch whose inputs lie at `sources`, in signature order, and write outputs into the room in `segment`."""
 
     id: int
     handle: int
@@ -109,7 +129,7 @@ class Run(NamedTuple):
     room_at: int
     room_bytes: int
     wanted: int
-    places: Sequence[Place]
+    sources: Sequence[Source]
 
 
 class Done(NamedTuple):
@@ -135,9 +155,15 @@ _to_daemon = msgspec.json.Decoder(ToDaemon)
 def encode(message: ToChild | ToDaemon | Run | Done) -> bytes:
     """Encode any message."""
     if isinstance(message, Run):
-        return _pack([RUN, *message[:-1]], message.places)
+        values = [RUN, *message[:-1]]
+        for segment, offset, shape in message.sources:
+            values += (segment, offset, len(shape), *shape)
+        return struct.pack(f"<{len(values)}q", *values)
     if isinstance(message, Done):
-        return _pack([DONE, *message[:-1]], message.places)
+        values = [DONE, *message[:-1]]
+        for offset, shape in message.places:
+            values += (offset, len(shape), *shape)
+        return struct.pack(f"<{len(values)}q", *values)
     return _encoder.encode(message)
 
 
@@ -147,8 +173,8 @@ def decode_for_child(packet: bytes) -> ToChild | Run:
         with _as_ours():
             message: ToChild = _to_child.decode(packet)
             return message
-    fields, places = _unpack(packet, RUN, len(Run._fields) - 1)
-    return Run._make((*fields, places))
+    fields, sources = _unpack(packet, RUN, len(Run._fields) - 1, 2)
+    return Run._make((*fields, sources))
 
 
 def decode_for_daemon(packet: bytes) -> ToDaemon | Done:
@@ -157,7 +183,7 @@ def decode_for_daemon(packet: bytes) -> ToDaemon | Done:
         with _as_ours():
             message: ToDaemon = _to_daemon.decode(packet)
             return message
-    fields, places = _unpack(packet, DONE, len(Done._fields) - 1)
+    fields, places = _unpack(packet, DONE, len(Done._fields) - 1, 1)
     return Done._make((*fields, places))
 
 
@@ -182,27 +208,23 @@ def receive(sock: socket.socket) -> tuple[bytes, int | None]:
     return packet, fds[0] if fds else None
 
 
-def _pack(values: list[int], places: Sequence[Place]) -> bytes:
-    for offset, shape in places:
-        values += (offset, len(shape), *shape)
-    return struct.pack(f"<{len(values)}q", *values)
-
-
-def _unpack(packet: bytes, kind: int, width: int) -> tuple[tuple[int, ...], list[Place]]:
+def _unpack(packet: bytes, kind: int, width: int, head: int) -> tuple[tuple[int, ...], list[Any]]:
+    """Unpack `width` fields, and for each tensor a tuple of `head` numbers and its shape."""
     count, rest = divmod(len(packet), 8)
     values = struct.unpack(f"<{count}q", packet[: count * 8])
     if rest or count <= width or values[0] != kind:
         raise OursError("protocol", f"a packet of {len(packet)} bytes is no message of kind {kind}")
-    places: list[Place] = []
+    tensors: list[Any] = []
     at = width + 1
     while at < count:
-        axes = values[at + 1] if at + 1 < count else -1
-        end = at + 2 + axes
+        shape_at = at + head + 1
+        axes = values[shape_at - 1] if shape_at <= count else -1
+        end = shape_at + axes
         if not 0 <= axes <= AXES_MAX or end > count or min(values[at:end]) < 0:
             raise OursError("protocol", "a tensor's place is malformed")
-        places.append((values[at], values[at + 2 : end]))
+        tensors.append((*values[at : shape_at - 1], values[shape_at:end]))
         at = end
-    return values[1 : width + 1], places
+    return values[1 : width + 1], tensors
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ class Bounds:
         keepalive_s: how long an idle connection stays open.
         linger_s: how long the rest of a refused body is thrown away, so that the caller can read the refusal.
         close_s: how long `close` lets an answer finish.
+        lenders: open connections of the frames socket; each may have `regions` regions of together `region_bytes`.
+        all_regions, all_regions_bytes: the regions of all lenders together, those included that are not yet unmapped.
     """
 
     bodies_bytes: int = 256 * 1024 * 1024
@@ -26,6 +28,11 @@ class Bounds:
     keepalive_s: float = 75.0
     linger_s: float = 2.0
     close_s: float = 0.5
+    lenders: int = 64
+    regions: int = 32
+    region_bytes: int = 512 * 1024 * 1024
+    all_regions: int = 256
+    all_regions_bytes: int = 1024 * 1024 * 1024
 
 
 class Reserve:

@@ -1,4 +1,4 @@
-"""What the addresses of the local API mean (Open Inference Protocol v2, KServe and Triton's repository index)."""
+"""What the addresses of the local API mean (Open Inference Protocol v2, KServe) and of its model repository (Triton)."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 
 class Place(NamedTuple):
-    """One address: what is asked, by which method, and of which model (empty where none is meant)."""
+    """One address: what is asked, by which method, and of which model or promise (empty where none is meant)."""
 
     what: str
     method: str
@@ -22,6 +22,7 @@ FIXED = {
     "/metrics": Place("metrics", "GET"),
     "/status": Place("status", "GET"),
 }
+CHANGES = ("load", "unload")
 BELOW_A_MODEL = {"": ("model", "GET"), "ready": ("model_ready", "GET"), "infer": ("infer", "POST")}
 
 
@@ -32,9 +33,18 @@ def resolve(target: str) -> Place | None:
     if not path.isascii():
         return None
     path = path.rstrip("/") or "/"
-    if path in FIXED:
-        return FIXED[path]
-    match path.split("/"):
+    return FIXED.get(path) or _below(path.split("/"))
+
+
+def _below(parts: list[str]) -> Place | None:
+    """Return what an address means that names something: a model, a promise, or memory."""
+    match parts:
+        case ["", "v2", "repository", "models", model, change] if model and change in CHANGES:
+            return Place(change, "POST", unquote(model))
+        case ["", "v2", "systemsharedmemory" | "cudasharedmemory", *_, last]:
+            return Place("foreign_memory", "GET" if last == "status" else "POST")
+        case ["", "v2", "deferred", promise] if promise:
+            return Place("deferred", "GET", unquote(promise))
         case ["", "v2", "models", model, "versions", version, *rest] if model and version and len(rest) <= 1:
             pass
         case ["", "v2", "models", model, *rest] if model and len(rest) <= 1:

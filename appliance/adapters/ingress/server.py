@@ -2,35 +2,57 @@
 
 1. By whose fault: the caller's is 4xx and names the problem; the world's is 429, 503 or 504, with `Retry-After` where waiting helps.
 2. A caller that hangs up cancels its request. No traceback leaves; what was not foreseen is logged with an id and answered with it.
-3. Everything is bounded: body, all bodies together, connections, the time of headers and bodies, and the time of a shutdown.
+3. Models are loaded and unloaded only through a listener that is open for it, and never for a web page (which cannot hide its `Origin`).
+4. Everything is bounded: body, all bodies together, connections, the time of headers and bodies, and the time of a shutdown.
 """
 
 import asyncio
 import contextlib
 import secrets
+import socket as sockets
 from collections.abc import Awaitable, Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from appliance.adapters.ingress.body import Intake
 from appliance.adapters.ingress.bounds import Bounds, Reserve
 from appliance.adapters.ingress.connection import Gate
+from appliance.adapters.ingress.frames import FramesSocket
 from appliance.adapters.ingress.paths import Place, resolve
-from appliance.adapters.ingress.replies import failure, ok, refusal
+from appliance.adapters.ingress.regions import LentRegions
+from appliance.adapters.ingress.replies import accepted, failure, ok, refusal
 from appliance.adapters.ingress.sockets import bind_unix, unbind_unix
 from appliance.contract.admission import quoted
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
-from appliance.contract.openinference import HEADER_LENGTH, header_length, model_metadata, parse, render, repository_index, server_metadata
+from appliance.contract.inference import Answer, Promise
+from appliance.contract.openinference import HEADER_LENGTH, Layout, header_length, parse, promised, render
+from appliance.contract.openinference_catalog import (
+    HTTP_EXTENSIONS,
+    REPOSITORY_EXTENSION,
+    Repository,
+    check_load,
+    check_open,
+    check_unload,
+    is_open,
+    model_metadata,
+    only_ready,
+    repository_index,
+    server_metadata,
+)
 from appliance.contract.vocabulary import Outcome
-from appliance.ports import Desk
+from appliance.ports import Counter, Desk, Share
 
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 BACKLOG = 512
+NOT_LOADED = "it is not loaded"
+
+T = TypeVar("T")
 
 
 def _uncounted(_model: str, _outcome: Outcome) -> None:
@@ -43,6 +65,9 @@ class Ingress:
     Attributes:
         metrics, status: render the exposition, and give a msgspec struct or dict.
         body_limit_bytes: the largest body of one request, before and after inflation.
+        repository: where models may be loaded and unloaded.
+        share: maps memory that a caller lends (`ports.Engine.share`); without it all data comes in bodies.
+        counter: where promised answers are fetched; without it there are none.
         refused: told of each infer request that never reached the desk, by model (`-` where it is unknown) and outcome.
     """
 
@@ -54,15 +79,22 @@ class Ingress:
         status: Callable[[], object],
         body_limit_bytes: int = 64 * 1024 * 1024,
         bounds: Bounds | None = None,
+        repository: Repository = "socket",
+        share: Callable[[int, int], Share] | None = None,
+        counter: Counter | None = None,
         refused: Callable[[str, Outcome], None] = _uncounted,
     ) -> None:
         self._desk = desk
         self._metrics = metrics
         self._status = status
+        self._repository = repository
+        self._counter = counter
         self._refused = refused
         self._bounds = bounds or Bounds()
         reserve = Reserve(max(self._bounds.bodies_bytes, 2 * body_limit_bytes))  # twice: a compressed body and what becomes of it
         self._intake = Intake(body_limit_bytes, self._bounds.body_timeout_s, reserve)
+        self._regions = None if share is None else LentRegions(share, self._bounds)
+        self._frames: FramesSocket | None = None
         self._log = structlog.get_logger()
         self._gate: Gate | None = None
         self._servers: list[asyncio.Server] = []
@@ -77,15 +109,19 @@ class Ingress:
             "ready": self._ready,
             "server": self._server,
             "index": self._index,
+            "load": self._load,
+            "unload": self._unload,
             "metrics": self._scrape,
             "status": self._tell,
+            "deferred": self._deferred,
             "model": self._model,
             "model_ready": self._model_ready,
+            "foreign_memory": self._foreign_memory,
         }
         self.port = 0
 
-    async def start(self, host: str, port: int, socket: Path | None) -> None:
-        """Listen. Raises: WorldError (`listen`) that names the address that is taken."""
+    async def start(self, host: str, port: int, socket: Path | None, frames: Path | None = None) -> None:
+        """Listen; on `frames` for memory that callers lend. Raises: WorldError (`listen`) that names the address that is taken."""
         loop = asyncio.get_running_loop()
         self._gate = Gate(self._handle, self._bounds)
         try:
@@ -99,6 +135,9 @@ class Ingress:
             bound = await asyncio.to_thread(bind_unix, socket)
             self._socket = socket
             self._servers.append(await loop.create_unix_server(self._gate, sock=bound, backlog=BACKLOG))
+        if frames is not None and self._regions is not None:
+            self._frames = FramesSocket(self._regions, self._bounds)
+            await self._frames.start(frames)
 
     async def drain(self, within_s: float) -> None:
         """Stop accepting, let what is in flight be answered, bounded by `within_s`."""
@@ -119,6 +158,9 @@ class Ingress:
             self._gate.pre_shutdown()
             await self._gate.shutdown(self._bounds.close_s)
             self._gate = None
+        if self._frames is not None:
+            await self._frames.close()
+            self._frames = None
 
     def _unlisten(self) -> None:
         while self._servers:
@@ -162,14 +204,14 @@ class Ingress:
         body: bytes | bytearray = b""
         try:
             body = await self._intake.receive(request)
-            asked, layout = parse(place.model, place.version, header_length(request.headers.get(HEADER_LENGTH)), body)
+            length = header_length(request.headers.get(HEADER_LENGTH))
+            asked, layout = parse(place.model, place.version, length, body, self._regions, caller=id(request.protocol))
         except BaseException as error:
             self._intake.done(body)
             self._count(place.model, error)
             raise
         try:
-            headers, parts = render(await self._desk.infer(asked), layout)
-            return web.Response(body=b"".join(parts), headers=headers)
+            return _rendered(await self._desk.infer(asked), layout)
         finally:
             self._intake.done(body)
 
@@ -184,6 +226,11 @@ class Ingress:
             outcome = Outcome.CANCELLED
         self._refused(model if model in self._desk.models() else "-", outcome)
 
+    async def _deferred(self, _request: web.BaseRequest, place: Place) -> web.Response:
+        if self._counter is None:
+            raise TheirsError("unknown_promise", "this device makes no promises")
+        return _rendered(await self._counter.fetch(place.model), Layout(default_binary=True))
+
     async def _live(self, _request: web.BaseRequest, _place: Place) -> web.Response:
         return ok() if self._desk.live() else failure(503, "the daemon's loops do not move", "not_ready")
 
@@ -192,14 +239,46 @@ class Ingress:
             return ok()
         return refusal(WorldError("not_ready", self._desk.why_not_ready()))
 
-    async def _server(self, _request: web.BaseRequest, _place: Place) -> web.Response:
-        return ok(server_metadata("appliance", _version()))
+    async def _server(self, request: web.BaseRequest, _place: Place) -> web.Response:
+        changeable = is_open(self._repository, socket=_by_socket(request))
+        extensions = (*HTTP_EXTENSIONS, REPOSITORY_EXTENSION) if changeable else HTTP_EXTENSIONS
+        return ok(server_metadata("appliance", _version(), extensions))
 
-    async def _index(self, _request: web.BaseRequest, _place: Place) -> web.Response:
+    async def _index(self, request: web.BaseRequest, _place: Place) -> web.Response:
+        ready = await self._small(request, only_ready)
         cards = [self._desk.describe(name, "") for name in self._desk.models()]
-        why = self._desk.why_not_ready()
+        why = self._desk.why_not_ready() or NOT_LOADED
         rows = [(card.name, each, card.ready, "" if card.ready else why) for card in cards for each in card.versions]
-        return ok(repository_index(rows))
+        return ok(repository_index([row for row in rows if row[2] or not ready]))
+
+    async def _load(self, request: web.BaseRequest, place: Place) -> web.Response:
+        self._check_open(request)
+        await self._small(request, check_load)
+        await self._desk.load(place.model)
+        return ok()
+
+    async def _unload(self, request: web.BaseRequest, place: Place) -> web.Response:
+        self._check_open(request)
+        await self._small(request, check_unload)
+        await self._desk.unload(place.model)
+        return ok()
+
+    async def _foreign_memory(self, _request: web.BaseRequest, _place: Place) -> web.Response:
+        what = "memory by name is not taken: a file that its owner can truncate would fault this process"
+        raise TheirsError("unsupported", what, remedy="register a sealed memfd on frames.sock (docs/api.md), or send the data in the body")
+
+    def _check_open(self, request: web.BaseRequest) -> None:
+        check_open(self._repository, socket=_by_socket(request))
+        if hdrs.ORIGIN in request.headers:
+            raise TheirsError("forbidden", "a web page may not change what is served", where=hdrs.ORIGIN)
+
+    async def _small(self, request: web.BaseRequest, read: Callable[[bytes | bytearray], T]) -> T:
+        """Read a body that nobody keeps."""
+        body = await self._intake.receive(request)
+        try:
+            return read(body)
+        finally:
+            self._intake.done(body)
 
     async def _scrape(self, _request: web.BaseRequest, _place: Place) -> web.Response:
         return ok(self._metrics(), EXPOSITION)
@@ -214,7 +293,20 @@ class Ingress:
     async def _model_ready(self, _request: web.BaseRequest, place: Place) -> web.Response:
         if self._desk.describe(place.model, place.version).ready:
             return ok()
-        return refusal(WorldError("not_ready", self._desk.why_not_ready() or "it is being made ready", where=place.model))
+        return refusal(WorldError("not_ready", self._desk.why_not_ready() or NOT_LOADED, where=place.model))
+
+
+def _rendered(answer: Answer | Promise, layout: Layout) -> web.Response:
+    if isinstance(answer, Promise):
+        return accepted(promised(answer), answer.retry_after_s)
+    headers, parts = render(answer, layout)
+    return web.Response(body=b"".join(parts), headers=headers)
+
+
+def _by_socket(request: web.BaseRequest) -> bool:
+    """Whether a request came through the Unix socket."""
+    transport = request.transport
+    return transport is not None and transport.get_extra_info("socket").family == sockets.AF_UNIX
 
 
 @cache

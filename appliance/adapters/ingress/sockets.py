@@ -1,4 +1,4 @@
-"""The Unix socket of the local API: bound without a moment in which everybody may connect, and never taken from a living process."""
+"""The Unix sockets of the local API: bound without a moment in which everybody may connect, and never taken from a living process."""
 
 import socket
 import stat
@@ -12,14 +12,14 @@ MAX_PATH = 107
 """sizeof(sockaddr_un.sun_path) less the final NUL (unix(7))."""
 
 
-def bind_unix(path: Path) -> socket.socket:
+def bind_unix(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     """Return a bound socket that does not listen yet. Raises: WorldError (`listen`)."""
     if len(str(path).encode()) > MAX_PATH:
         raise _refused(path, f"the path has {len(str(path).encode())} bytes, a socket's at most {MAX_PATH}")
     try:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        _clear(path)
-        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        _clear(path, kind)
+        bound = socket.socket(socket.AF_UNIX, kind)
         try:
             bound.setblocking(False)
             bound.bind(str(path))
@@ -37,14 +37,14 @@ def unbind_unix(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path, kind: socket.SocketKind) -> None:
     """Remove what a dead process left."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise _refused(path, "something that is not a socket is in its place")
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(str(path))
