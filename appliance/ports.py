@@ -4,12 +4,24 @@ Adapters raise only `appliance.contract.errors`; anything foreign is translated 
 """
 
 import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from appliance.contract.attest import Approval, Challenge, EnrolAsk, EnrolChallenge, Enrolled, EnrolProof, Evidence
-from appliance.contract.inference import Answer, Array, Request, Signature, Tags
+from appliance.contract.attest import (
+    Approval,
+    Challenge,
+    CountConsent,
+    EnrolAsk,
+    EnrolChallenge,
+    Enrolled,
+    EnrolProof,
+    Evidence,
+    Grant,
+    Lease,
+)
+from appliance.contract.deferral import Accepted, Deferred, Dropped, Fate, Item, Parcel, Stats, Stored, Taken
+from appliance.contract.inference import Answer, Array, Promise, Request, Signature, Tags
 from appliance.contract.models import CompiledArtifact, Manifest, Release
 from appliance.contract.vitals import BoardReading
 from appliance.contract.vocabulary import Platform
@@ -100,6 +112,16 @@ class SealedKey:
 
     enrolled: Enrolled
     private: bytes
+    leased_private: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a TPM shows now: PCRs (bank sha256), clock (powered-on milliseconds) and reset count."""
+
+    pcr_values: Mapping[int, bytes]
+    clock_ms: int
+    reset_count: int
 
 
 class Tpm(Protocol):
@@ -122,6 +144,27 @@ class Tpm(Protocol):
 
         Raises: TheirsError (`policy`, `expired`, `signature`, `pcr`), with an operator's words in `what`.
         """
+
+    async def look(self, pcrs: Sequence[int]) -> Sight:
+        """Read PCRs, clock and reset count."""
+
+    async def unseal_leased(self, sealed: SealedKey, grant: Grant, lease: Lease) -> bytes:
+        """Satisfy the policy with a lease of the grant and return the 32-byte leased KEK; needs nobody but the TPM.
+
+        Raises: TheirsError (`policy`, `signature`, `pcr`, `term`, `restarts`, `generation`, `srk_name`, `import`, `malformed`).
+        """
+
+    async def count_nonce(self, sealed: SealedKey, *, anew: bool) -> bytes:
+        """Make the generation counter if there is none; if it never counted, or `anew`, open a session that waits for `count`.
+
+        Returns the session's nonce, or nothing if there is no need. Raises: TheirsError (`malformed`), WorldError (`tpm`, `owner`).
+        """
+
+    async def count(self, sealed: SealedKey, consent: CountConsent) -> None:
+        """Let the counter count once, in the session that waits. Raises: TheirsError (`expired`, `signature`, `malformed`)."""
+
+    async def self_test(self) -> None:
+        """Quote, and seal and unseal an object of the test's own. Raises: WorldError (`tpm`, `self_test`) that says what failed."""
 
 
 class Weights(Protocol):
@@ -287,9 +330,99 @@ class Desk(Protocol):
     async def unload(self, model: str) -> None:
         """Stop serving a model until `load` or the next release; requests that wait are answered. Raises: TheirsError (`unknown_model`)."""
 
-    async def infer(self, request: Request) -> Answer:
-        """Answer one request; its arrays may be read-only and unaligned. Cancellation means that the caller is gone.
+    async def infer(self, request: Request) -> Answer | Promise:
+        """Answer one request, or promise to (only where its tags accept that); its arrays may be read-only and unaligned.
+
+        Cancellation means that the caller is gone.
 
         Raises: TheirsError (`unknown_model`, or a fault that `contract.admission.check` found),
         WorldError (`backlog_full`, `deadline`, `worker_lost`, `not_ready`, `draining`), with `retry_after_s` where it is known.
         """
+
+
+class Counter(Protocol):
+    """What the ingress asks about promises."""
+
+    async def fetch(self, promise: str) -> Answer | Promise:
+        """The promised answer, or the promise again while it is not there yet.
+
+        Raises: TheirsError (`unknown_promise`), WorldError (`dropped`: it will never be answered, and why).
+        """
+
+    async def revive(self, promise: str) -> None:
+        """An operator's retry, now. Raises: TheirsError (`unknown_promise`)."""
+
+    async def drop(self, promise: str) -> None:
+        """An operator's drop. Raises: TheirsError (`unknown_promise`)."""
+
+
+class Outbox(Protocol):
+    """The durable queue at its sender. A call returns after its commit; all of them raise WorldError (`disk`) and then changed nothing.
+
+    Nothing that was accepted is lost unless a `Dropped` says so: log and count each one.
+    """
+
+    @property
+    def incarnation(self) -> str:
+        """The name of this store's `seq` numbers; another one after its disk was lost."""
+
+    def now_s(self) -> float:
+        """Queue time now."""
+
+    async def put(self, parcel: Parcel) -> Stored:
+        """Keep a parcel until its receiver has committed it; the same `idem` again is a duplicate and changes nothing.
+
+        Raises: TheirsError (`class`, `idem`, `priority`, `oversized`), WorldError (`queue_full`, `too_large`, `disk_full`, `disk`).
+        """
+
+    async def take(self, kinds: Collection[str] = ..., *, items: int = 64, size: int = 1_048_576, lease_s: float = 60.0) -> Taken:
+        """Lease what is due now, in order, up to so many items and stored bytes (but at least one); the attempt is counted on disk first."""
+
+    async def acknowledge(self, results: Mapping[int, bytes | None]) -> int:
+        """Delete these `seq` and remember their keys, with the receiver's answers; returns how many were still here."""
+
+    async def retry(self, seq: int, attempts: int, not_before_s: float) -> bool:
+        """End a lease: not before this queue time again, and so many attempts count; False if the item is gone."""
+
+    async def release(self, seqs: Iterable[int]) -> None:
+        """End leases as if the items had not been taken."""
+
+    async def bury(self, seq: int, reason: str) -> tuple[Dropped, ...]:
+        """Make an item a dead letter; the later ones of its key may pass. The oldest dead letters go if there are too many."""
+
+    async def expire(self) -> tuple[Dropped, ...]:
+        """Delete what is too old; call it now and then while nothing is taken."""
+
+    async def listing(self, *, dead: bool = False, kind: str = "", after: int = 0, limit: int = 100) -> tuple[Item, ...]:
+        """Waiting items, or dead letters, with a `seq` above `after`."""
+
+    async def fate(self, idem: str) -> Fate | None:
+        """What is known of a key; None: nothing, or no longer."""
+
+    async def revive(self, idem: str) -> bool:
+        """An operator's retry: a dead letter waits again, a waiting item is due now; False if it is not here."""
+
+    async def drop(self, idem: str) -> tuple[Dropped, ...]:
+        """An operator's drop of an item or dead letter."""
+
+    async def stats(self) -> Stats:
+        """Sizes and counts."""
+
+
+class Inbox(Protocol):
+    """The durable queue at its receiver: each key of each sender takes effect once. All calls raise WorldError (`disk`)."""
+
+    async def accept(self, sender: str, message: Deferred, forward: Parcel | None = None) -> bool:
+        """Commit an item, and what is passed on because of it, in one transaction; False if it was accepted before. Then send the `Receipt`.
+
+        `sender` is the name that the broker proved. Raises: as `Outbox.put` for `forward`, and nothing was accepted.
+        """
+
+    async def seen(self, sender: str, idem: str) -> bool:
+        """Whether this key of this sender was accepted."""
+
+    async def pending(self, *, after: int = 0, limit: int = 64) -> tuple[Accepted, ...]:
+        """Accepted items whose effect is still to come, in the order of arrival. Raises: WorldError (`damaged`)."""
+
+    async def applied(self, upto: int) -> None:
+        """Forget the payloads up to this number; the keys stay."""

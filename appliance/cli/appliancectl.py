@@ -3,7 +3,9 @@
 import click
 
 from appliance.cli.appliance import guarded
+from appliance.cli.deferrals import queue
 from appliance.cli.injections import lab
+from appliance.cli.variants import variants
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -17,6 +19,8 @@ def model() -> None:
 
 
 group.add_command(lab)
+group.add_command(queue)
+model.add_command(variants)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ receiver recognises by its key.
 """
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable, Mapping
 
@@ -105,7 +106,9 @@ class Delivering:
     async def _paced(self, leased: Leased) -> None:
         """Wait until this item leaves room for live traffic."""
         size = len(leased.payload)
-        while not self._pace.take(size, self._clock.monotonic()):
+        for _ in itertools.count():
+            if self._pace.take(size, self._clock.monotonic()):
+                return
             await asyncio.sleep(self._pace.wait_s(size, self._clock.monotonic()))
 
     async def _send(self, leased: Leased, taken: Taken, receipts: dict[int, bytes | None]) -> None:

@@ -5,12 +5,21 @@
 """
 
 import asyncio
+from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 
 from appliance.ports import Clock, Notifier
 
 CHECK_S = 1.0
+
+
+class Loop(Protocol):
+    """A named loop of a daemon: it calls `moved` at least once in the watchdog's patience, and ends only by cancellation."""
+
+    async def run(self, moved: Callable[[], None]) -> None:
+        """Run."""
 
 
 class Pulse:

@@ -4,21 +4,21 @@ How well it is connected is the verdict of `daily.hop` on the hop to the region.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 
 import structlog
 
 from appliance.contract import topics
 from appliance.contract.codec import encode
+from appliance.contract.deferral import Kind, Parcel
 from appliance.contract.errors import ApplianceError
 from appliance.contract.vitals import BoardReading, Event, Vitals
 from appliance.contract.vocabulary import LinkState
+from appliance.daily.delivering import Delivering
 from appliance.edge.serving import Serving
 from appliance.edge.tally import Tally
 from appliance.ports import Board, Clock, Link
 
-EVENTS_KEPT = 256
 TICK_S = 0.5
 
 
@@ -29,15 +29,17 @@ class Reaching:
         self,
         link: Link,
         clock: Clock,
-        board: Board,
         serving: Serving,
         tally: Tally,
         *,
+        board: Board,
+        delivering: Delivering,
         region: str,
         device: str,
         heartbeat_s: float,
         state: Callable[[], LinkState],
     ) -> None:
+        self._delivering = delivering
         self._link = link
         self._clock = clock
         self._board = board
@@ -49,7 +51,7 @@ class Reaching:
         self._state = state
         self._started = clock.monotonic()
         self._seq = 0
-        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._born = f"{clock.wall():.3f}"
         self._event_seq = 0
         self._log = structlog.get_logger()
         self.say: Callable[[str], None] = lambda _text: None
@@ -87,9 +89,15 @@ class Reaching:
         return self._board.read()
 
     async def tell(self, what: str, fields: dict[str, str]) -> None:
-        """Queue an event for the region; the oldest of `EVENTS_KEPT` falls out while disconnected (issue 5 makes this durable)."""
+        """Put an event into the durable queue; what cannot be kept is logged, and stops nobody."""
         self._event_seq += 1
-        self._events.append(Event(device=self._device, seq=self._event_seq, at=self._clock.wall(), what=what, fields=fields))
+        event = Event(device=self._device, seq=self._event_seq, at=self._clock.wall(), what=what, fields=fields)
+        try:
+            await self._delivering.put(
+                Parcel(kind=Kind.EVENT, idem=f"event-{self._born}-{self._event_seq}", payload=encode(event), key="events")
+            )
+        except ApplianceError as error:
+            self._log.warning("event_not_kept", what_happened=what, reason=error.reason, what=str(error))
 
     async def run(self, moved: Callable[[], None]) -> None:
         """Beat and tell; ends only by cancellation."""
@@ -97,13 +105,10 @@ class Reaching:
         while True:
             moved()
             self._report()
-            if self._link.connected:
-                if self._clock.monotonic() >= due:
-                    self._seq += 1
-                    due = self._clock.monotonic() + self._heartbeat_s
-                    await self._send(topics.vitals(self._region, self._device), encode(self.vitals()))
-                while self._events and await self._send(topics.event(self._region, self._device), encode(self._events[0])):
-                    self._events.popleft()
+            if self._link.connected and self._clock.monotonic() >= due:
+                self._seq += 1
+                due = self._clock.monotonic() + self._heartbeat_s
+                await self._send(topics.vitals(self._region, self._device), encode(self.vitals()))
             await asyncio.sleep(TICK_S)
 
     async def _send(self, topic: str, payload: bytes) -> bool:

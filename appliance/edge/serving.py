@@ -131,6 +131,14 @@ class Serving:
         (then, before), self._used = self._used, (now, pool.worked_s)
         return min(1.0, (pool.worked_s - before) / ((now - then) * pool.size)) if now > then else 0.0
 
+    def roomy(self) -> bool:
+        """Whether every queue is short: work that can wait would take nobody's place."""
+        return all(lane.backlog.waiting <= lane.backlog.max_batch // 2 for lane in self._lanes())
+
+    def profiles(self) -> Mapping[str, Sequence[str]]:
+        """How long batches of each model take here, in words."""
+        return {name: stand.profile.explain() for name, stand in self._stands.items() if stand.profile}
+
     def versions(self) -> Mapping[str, str]:
         """The mounted version of each model."""
         return {name: stand.manifest.version for name, stand in self._stands.items()}

@@ -28,6 +28,14 @@ class Serve(Section, frozen=True, kw_only=True):
     socket: Annotated[str, Meta(description="Unix socket of the local API; a bare name lies in device.runtime_dir, empty for none")] = (
         "api.sock"
     )
+    frames_socket: Annotated[
+        str, Meta(description="Unix socket on which local programs lend memory for large frames; as `socket`, empty for none")
+    ] = "frames.sock"
+    grpc: Annotated[bool, Meta(description="Serve the same API over gRPC too; callers are not told apart there, as on TCP")] = False
+    grpc_port: Annotated[int, Meta(ge=0, le=65_535, description="TCP port of the API over gRPC; 0 takes any free one")] = 8001
+    repository: Annotated[
+        Literal["socket", "everywhere", "nowhere"], Meta(description="Where models may be loaded and unloaded by callers")
+    ] = "socket"
     workers: Annotated[int, Meta(ge=1, le=32, description="Child processes that run models")] = 1
     threads: Annotated[int, Meta(ge=0, le=128, description="Threads per worker; 0 shares the processors among the workers")] = 0
     max_batch: Annotated[int, Meta(ge=1, le=256, description="Most requests in one batch")] = 8
@@ -46,6 +54,13 @@ class Serve(Section, frozen=True, kw_only=True):
     drain_s: Annotated[
         float, Meta(ge=0, le=8, description="Time for answers in flight at SIGTERM, in seconds; the unit kills after 10")
     ] = 4.0
+
+
+class Queue(Section, frozen=True, kw_only=True):
+    """The durable queue of what was promised for later."""
+
+    max_mib: Annotated[int, Meta(ge=8, le=65_536, description="Disk space for everything that waits, in MiB")] = 192
+    free_mib: Annotated[int, Meta(ge=0, le=65_536, description="Free disk space that is left to others, in MiB")] = 64
 
 
 class Reach(Section, frozen=True, kw_only=True):
@@ -125,6 +140,7 @@ class Edge(Section, frozen=True, kw_only=True):
 
     device: Device
     serve: Serve = Serve()
+    queue: Queue = Queue()
     reach: Reach
     trust: Trust
     board: Board = Board()
