@@ -5,9 +5,9 @@ FAST := not slow
 export ORT_DISABLE_TELEMETRY := 1
 LOCK := --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-find-links --no-emit-index-url
 
-.PHONY: run test check setup docs bench bench-peers lock clean
+.PHONY: run test check setup bundle docs bench bench-peers lock clean
 
-run: setup ## a broker, a software TPM, a cloud, a region and DEVICES=1 devices read shelf labels; RUN_FOR=60 stops by itself
+run: setup bundle ## a broker, a software TPM, a cloud, a region and DEVICES=1 devices read shelf labels; RUN_FOR=60 stops by itself
 	@$(PYTHON) -m appliance lab
 
 test: setup ## everything, on real parts
@@ -35,6 +35,9 @@ lock: ## renew requirements*.txt from pyproject.toml (needs uv)
 
 clean: ## remove the lab's state, reports and the virtual environment
 	@rm -rf build .venv
+
+bundle: setup
+	@scripts/build-variants
 
 setup:
 	@mkdir -p build/reports

@@ -39,6 +39,7 @@ METRICS = (
     Metric("batch_limit", "gauge", "The largest batch that heat allows now.", ("model",)),
     Metric("worker_losses_total", "counter", "Inference processes that were lost, by cause.", ("cause",)),
     Metric("worker_memory_bytes", "gauge", "Memory of an inference process (PSS), and of its shared tensors.", ("worker", "kind")),
+    Metric("deferred_dropped_total", "counter", "Items of the durable queue that were dropped, by class and reason.", ("kind", "reason")),
     Metric("batch_utilization_ratio", "gauge", "Share of the largest batch that the last batch filled.", ("model",)),
     Metric("vram_fragmentation_ratio", "gauge", "Share of the device memory that is free but cannot be allocated."),
     Metric("thermal_throttle_events_total", "counter", "How often the clock was lowered, by cause.", ("cause",)),
@@ -115,6 +116,10 @@ class Meter:
         family.labels(str(number), "arena").set(arena_bytes)
         if pss_bytes is not None:
             family.labels(str(number), "pss").set(pss_bytes)
+
+    def dropped(self, kind: str, reason: str) -> None:
+        """An item of the durable queue was given up."""
+        self._family("deferred_dropped_total", Counter).labels(kind, reason).inc()
 
     def throttled(self, cause: str) -> None:
         """The clock was lowered once, by this cause."""

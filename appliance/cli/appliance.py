@@ -13,6 +13,7 @@ from appliance.cli.bench import bench
 from appliance.cli.check import check
 from appliance.cli.infer import infer
 from appliance.cli.lab import lab
+from appliance.cli.provision import escrow, provision
 from appliance.contract.errors import ApplianceError
 from appliance.contract.settings import parse
 
@@ -110,5 +111,5 @@ def cloud(config: Path) -> None:
     start(config, Cloud, daemon.run)
 
 
-for command in (bench, check, infer, lab):
+for command in (bench, check, escrow, infer, lab, provision):
     group.add_command(command)

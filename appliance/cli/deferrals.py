@@ -17,7 +17,7 @@ import apsw
 import click
 
 from appliance.adapters.store import Inspection, Store
-from appliance.contract.deferral import Bounds, Fate, Item, Policy, Rules
+from appliance.contract.deferral import Fate, Item, Rules
 from appliance.contract.errors import TheirsError, WorldError
 from appliance.core.reach.bounds import admit
 from appliance.core.reach.deferral import POLICIES
@@ -104,10 +104,9 @@ def change(folder: Path, ident: str, verb: str, what: Callable[[Store], Awaitabl
     """Do it on the store's own writer. Raises: WorldError (`store_locked`) with the way over the API, (`no_store`), (`disk`)."""
     if not (folder / "queue.db").exists():
         raise WorldError("no_store", "there is no queue here", where=str(folder), remedy="give --state-dir")
-    policies = {kind: Policy(**asdict(policy)) for kind, policy in POLICIES.items()}
 
     async def within() -> Any:
-        async with Store(folder, Rules(policies, Bounds()), admit) as store:
+        async with Store(folder, Rules(POLICIES), admit) as store:
             return await what(store)
 
     try:

@@ -27,7 +27,7 @@ SHOWN = 5
 def infer(model: str, server: str, files: tuple[Path, ...], *, as_json: bool) -> None:
     """Ask MODEL about each of FILES."""
     failed = 0
-    with Appliance(server) as client:
+    with Appliance(server, policy=ONCE) as client:
         metadata = client.metadata(model)
         reader = LabelReader(client, model) if dictionary_of(metadata) else None
         for file in files:

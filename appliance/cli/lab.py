@@ -33,7 +33,13 @@ REPORT = Path("build/reports/run.json")
 @click.option("--devices", envvar="DEVICES", type=click.IntRange(1, 64), default=1, show_default=True, help="How many devices.")
 @click.option("--run-for", envvar="RUN_FOR", type=click.FloatRange(min=1), help="Stop by itself after so many seconds.")
 @click.option("--rate", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Labels per second for each device.")
-@click.option("--model", type=click.Path(dir_okay=False, path_type=Path), default=Path("build/models/label-reader.onnx"), show_default=True)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    default=Path("build/models/label-reader.bundle"),
+    show_default=True,
+    help="ONNX file or bundle.",
+)
 @click.option(
     "--state", type=click.Path(file_okay=False, path_type=Path), help="Directory for everything; default under the temporary directory."
 )

@@ -38,9 +38,13 @@ class Bench:
 @click.command()
 @click.option("--config", type=_FILE, default=Path("/etc/appliance/device.toml"), show_default=True, help="The device's settings.")
 @click.option("--region", type=_FILE, required=True, help="The region's provision.json (beside its keys).")
-@click.option("--ek-roots", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="TPM makers' CA certificates.")
+@click.option(
+    "--ek-roots", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="TPM makers' CA certificates."
+)
 @click.option("--out", type=_FOLDER, default=Path("/etc/appliance/devid"), show_default=True, help="Where the DevID's files go.")
-@click.option("--devid-ca-cert", type=_FILE, help="Certificate of the DevID authority; without it a request is written, and you have it signed.")
+@click.option(
+    "--devid-ca-cert", type=_FILE, help="Certificate of the DevID authority; without it a request is written, and you have it signed."
+)
 @click.option("--devid-ca-key", type=_FILE, help="Its key, PEM.")
 @click.option("--owner-auth", type=_FILE, help="File with the owner's authorisation, if one was set before (see `appliance escrow`).")
 def provision(**given: Any) -> None:
@@ -89,7 +93,9 @@ def _bench(path: Path) -> Bench:
         fields = json.loads(path.read_text())
         return Bench(bytes.fromhex(fields["root_public"]), bytes.fromhex(fields["escrow_public"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TheirsError("provision", f"can not be read: {error!r}", where=str(path), remedy="copy provision.json from the region's keys_dir") from error
+        raise TheirsError(
+            "provision", f"can not be read: {error!r}", where=str(path), remedy="copy provision.json from the region's keys_dir"
+        ) from error
 
 
 async def _prove(tcti: str, device: str, roots: Path) -> bytes:
@@ -97,7 +103,7 @@ async def _prove(tcti: str, device: str, roots: Path) -> bytes:
     from appliance.adapters.tpm import EsysTpm  # noqa: PLC0415
     from appliance.core.trust.enrolment import Enrolment  # noqa: PLC0415
     from appliance.core.trust.tpm_structures import pack_verifier  # noqa: PLC0415
-    from appliance.regional.daemon import read_roots  # noqa: PLC0415
+    from appliance.regional.opening import read_roots  # noqa: PLC0415
 
     root = pack_verifier(ec.generate_private_key(ec.SECP256R1()).public_key())
     machine = Enrolment(device, root_public=root, trusted=read_roots(roots))
@@ -148,7 +154,9 @@ def _authority_key(path: Path) -> ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
     try:
         key = load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
-        raise TheirsError("devid_authority", f"no key can be read: {error}", where=str(path), remedy="give an unencrypted PEM key") from error
+        raise TheirsError(
+            "devid_authority", f"no key can be read: {error}", where=str(path), remedy="give an unencrypted PEM key"
+        ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
         raise TheirsError("devid_authority", "is neither an ECC nor an RSA key", where=str(path))
     return key
@@ -168,7 +176,9 @@ def _authorise(tpm: Any, bench: Bench, ek_name: bytes, out: Path) -> bytes | Non
     if (tpm.owner_set or tpm.lockout_set) and not pending:
         which = "the owner's" if tpm.owner_set else "lockout's"
         what = f"{which} authorisation was set by somebody else, and only one of both"
-        raise WorldError("owner", what, where="TPM", remedy="clear it with its value, or clear the TPM in the firmware's settings, and begin anew")
+        raise WorldError(
+            "owner", what, where="TPM", remedy="clear it with its value, or clear the TPM in the firmware's settings, and begin anew"
+        )
     if not pending:
         pending = {name: secrets.token_hex(AUTHORISATION_BYTES) for name in ("lockout", "owner")}
         _write(out / PENDING_FILE, json.dumps(pending).encode())
@@ -204,7 +214,9 @@ def _pending(out: Path) -> dict[str, str]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except (OSError, msgspec.MsgspecError) as error:
-        raise WorldError("disk", f"can not be read: {error}", where=str(path), remedy="it may hold the TPM's only authorisations: restore it") from error
+        raise WorldError(
+            "disk", f"can not be read: {error}", where=str(path), remedy="it may hold the TPM's only authorisations: restore it"
+        ) from error
 
 
 def _hand_over(state: Path, box: bytes) -> None:
@@ -229,4 +241,6 @@ def _write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         fresh.replace(path)
     except OSError as error:
-        raise WorldError("disk", f"can not be written: {error.strerror}", where=str(path), remedy="run as root, or choose another --out") from error
+        raise WorldError(
+            "disk", f"can not be written: {error.strerror}", where=str(path), remedy="run as root, or choose another --out"
+        ) from error

@@ -25,6 +25,8 @@ SUFFIXES = {".onnx": Platform.ONNX, ".tflite": Platform.LITERT}
 
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+ModelId = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+Version = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,62}$")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}$")]
 
 
@@ -55,8 +57,8 @@ class Measured(_Table, frozen=True, kw_only=True):
 class ModelCard(_Table, frozen=True, kw_only=True):
     """`model.toml`. `min_vram_gb` in GiB; `target_latency_ms` is for one request at batch 1; the rest as in `contract.models.Manifest`."""
 
-    model_id: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-    version: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,62}$")]
+    model_id: ModelId
+    version: Version
     min_vram_gb: Positive
     max_batch_size: Annotated[int, Meta(ge=1, le=1024)]
     target_latency_ms: Positive
@@ -91,6 +93,15 @@ def read(path: Path) -> ModelCard:
         raise TheirsError("malformed", f"not TOML: {error}", where=str(path)) from error
     except msgspec.ValidationError as error:
         raise TheirsError("malformed", str(error), where=f"{path}{_line(text, str(error))}") from error
+
+
+def check_names(model_id: str, version: str) -> None:
+    """Hold a name and a version against what a card may hold. Raises: TheirsError (`malformed`)."""
+    for name, value in (("model_id", model_id), ("version", version)):
+        try:
+            msgspec.convert(value, ModelId if name == "model_id" else Version)
+        except msgspec.ValidationError as error:
+            raise TheirsError("malformed", f"{value!r}: {error}", where=name) from error
 
 
 def written(card: ModelCard) -> str:

@@ -21,8 +21,9 @@ from appliance.contract.vocabulary import Datatype, Mode
 
 MAGIC = b"AIF1"
 """Appliance inference frame, version 1."""
-FRAME_MAX_BYTES = 1_000_000
-"""What the broker takes in one packet (1.1 MB), less topic and properties: larger inputs stay on the device, or travel as features."""
+FRAME_MAX_BYTES = 4_000_000
+"""What the broker takes in one packet (4.2 MB), less topic and properties: larger inputs stay on the device, or travel as features.
+A label's class probabilities are up to 1.3 MB."""
 HEAD_MAX_BYTES = 16_384
 MAX_TENSORS = 64
 _LENGTH = struct.Struct(">4sI")

@@ -10,7 +10,6 @@ from typing import Protocol
 import structlog
 
 from appliance.contract.errors import ApplianceError, WorldError
-from appliance.contract.inference import Tags
 from appliance.contract.vitals import BoardReading
 from appliance.contract.vocabulary import Mode
 from appliance.core.serve import pressure
@@ -139,7 +138,7 @@ class Guarding:
         if stand.moving:
             return
         # a full queue leaves to the cloud request by request (serving); it is no reason to send everybody there
-        cloud = self._upstream is not None and self._upstream.allows(Tags()) and strain.kind != "queue"
+        cloud = self._upstream is not None and self._upstream.stands and strain.kind != "queue"
         shift = stand.degradation.observe(strain.severity, f"{strain.kind}: {strain.level.why}", now, cloud=cloud)
         if shift is not None:
             stand.moving = True

@@ -9,16 +9,18 @@ from collections.abc import Callable
 import structlog
 
 from appliance.contract import topics
-from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
+from appliance.contract.errors import ApplianceError, OursError, WorldError
 from appliance.contract.inference import Answer, Request, Tags
 from appliance.contract.remote import AskHead, Computed, pack, unpack_answer
 from appliance.contract.vocabulary import LinkState, Mode
-from appliance.core.reach.breaker import Breaker, BreakerSettings, Permit, Turned
+from appliance.core.reach.breaker import Breaker, BreakerSettings, Permit, State, Turned
 from appliance.ports import Clock, Link
 
 THEIR_FAULTS = frozenset({"oversized", "malformed", "missing_input", "unknown_input", "unknown_output", "datatype", "shape", "batch"})
 """What is wrong with the request itself: it says nothing against the cloud."""
 HOUR_S = 3600.0
+PATIENCE_S = 3.0
+"""Longer than the breaker's longest backoff: within it a trial has been made."""
 
 
 class CloudRoute:
@@ -42,13 +44,25 @@ class CloudRoute:
         self._state = state
         self._version = version
         self._breaker = Breaker(BreakerSettings(deadline_s=deadline_s))
+        self._closed_at = clock.monotonic()
         self._chance = random.Random()  # noqa: S311 - jitter, not a secret
         self._log = structlog.get_logger()
 
+    @property
+    def stands(self) -> bool:
+        """Whether the way as a whole can be relied on: the link is up, and the breaker was not open all the last `PATIENCE_S`."""
+        now = self._clock.monotonic()
+        if self._breaker.state is State.CLOSED:
+            self._closed_at = now
+        return self._up and now - self._closed_at < PATIENCE_S
+
+    @property
+    def _up(self) -> bool:
+        return self._link.connected and self._state() is not LinkState.PARTITIONED
+
     def allows(self, tags: Tags) -> bool:
         """Whether a request with these tags may go to the cloud now."""
-        up = self._link.connected and self._state() is not LinkState.PARTITIONED
-        return up and not tags.data_residency and self._breaker.would_permit(self._clock.monotonic())
+        return self._up and not tags.data_residency and self._breaker.would_permit(self._clock.monotonic())
 
     async def infer(self, request: Request, within_s: float) -> Answer:
         """Answer by the full model in the cloud, within both times.
@@ -85,9 +99,8 @@ class CloudRoute:
         self._tell(self._breaker.failed(permit, now, chance=self._chance.random()))
         if error.reason == "timeout":
             return WorldError("deadline", f"no answer within {self._deadline_s * 1e3:.0f} ms", where="cloud", retry_after_s=1.0)
-        if isinstance(error, TheirsError) and error.reason in {"backlog_full", "deadline", "worker_lost"}:
-            return WorldError(error.reason, error.what, where="cloud", retry_after_s=1.0)
-        return error
+        reason = error.reason if error.reason in {"backlog_full", "deadline", "worker_lost"} else "partitioned"
+        return WorldError(reason, error.what, where=error.where or "cloud", remedy=error.remedy, retry_after_s=1.0)
 
     def _tell(self, turned: Turned | None) -> None:
         if turned is not None:

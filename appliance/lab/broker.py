@@ -20,8 +20,8 @@ from appliance.contract import identities
 from appliance.contract.errors import WorldError
 from appliance.lab.authority import Svid
 
-MAX_PACKET_BYTES = 1_100_000
-"""One message of 1 MiB (the largest `Release`), its topic and its properties."""
+MAX_PACKET_BYTES = 4_200_000
+"""The largest inference frame (`contract.remote`), its topic and its properties; a `Release` has at most 1 MiB."""
 
 
 class Broker:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ class Lab:
         region_id = Workload(identities.aggregator(REGION), identities.region_user(REGION))
         say("region: attests devices, relays releases")
         await self._region(api.register(region_id))
-        reference = Reference(self.plan.model) if self.plan.rate_per_s else None
+        reference = Reference(_whole(self.plan.model)) if self.plan.rate_per_s else None
         for number in range(1, self.plan.devices + 1):
             name = _name(number)
             say(f"{name}: a software TPM is manufactured and measured, then the daemon starts")
@@ -157,8 +158,7 @@ class Lab:
         home = self.site.folder("cloud")
         models = self.site.folder("cloud", "models")
         folder = self.site.folder("cloud", "models", MODEL)
-        (folder / "model.onnx").write_bytes(await asyncio.to_thread(self.plan.model.read_bytes))
-        (folder / "model.toml").write_text(CARD)
+        await asyncio.to_thread(_publish, self.plan.model, folder)
         sections: dict[str, dict[str, object]] = {
             "cloud": {"regions": [REGION], "state_dir": home / "state", "models_dir": models},
             "reach": {"broker_host": "127.0.0.1", "broker_port": self.port, "retry_cap_s": 2.0, "heartbeat_s": HEARTBEAT_S},
@@ -225,6 +225,25 @@ class Lab:
                 return
             await asyncio.sleep(0.2)
         raise WorldError("not_serving", f"no model after {READY_TIMEOUT_S:g} s\n{device.unit.tail()}", where=device.name)
+
+
+def _whole(model: Path) -> Path:
+    """The full model's file: itself, or the one in a bundle."""
+    return model / "model.onnx" if model.is_dir() else model
+
+
+def _publish(model: Path, folder: Path) -> None:
+    """Lay a bundle, or a single model with a card of ours, where the cloud finds it. Raises: WorldError (`model`)."""
+    try:
+        if model.is_dir():
+            shutil.copytree(model, folder, dirs_exist_ok=True)
+            return
+        (folder / "model.onnx").write_bytes(model.read_bytes())
+        (folder / "model.toml").write_text(CARD)
+    except OSError as error:
+        raise WorldError(
+            "model", f"cannot be published: {error}", where=str(model), remedy="run scripts/fetch-models and scripts/build-variants"
+        ) from error
 
 
 def _name(number: int) -> str:

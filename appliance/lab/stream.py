@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from appliance.client.images import tensor_of
 from appliance.client.labels import LabelReader
+from appliance.client.retrying import ONCE
 from appliance.client.sync import Appliance
 from appliance.contract.errors import ApplianceError
 from appliance.contract.vocabulary import Mode
@@ -104,7 +105,7 @@ class Stream:
         """This thread's reader; its connection stays open."""
         reader: LabelReader | None = getattr(self._own, "reader", None)
         if reader is None:
-            client = Appliance(self._socket)
+            client = Appliance(self._socket, policy=ONCE)
             self._clients.append(client)
             reader = self._own.reader = LabelReader(client, self._model)
         return reader

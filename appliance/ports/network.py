@@ -70,6 +70,10 @@ class Identity(Protocol):
 class Upstream(Protocol):
     """The way to the same models in the cloud, while it is open."""
 
+    @property
+    def stands(self) -> bool:
+        """Whether the way as a whole can be relied on now; a single failure does not change it."""
+
     def allows(self, tags: Tags) -> bool:
         """Whether a request with these tags may go there now: the route is up, and nothing forbids it."""
 

@@ -59,7 +59,7 @@ def open_authorities(trust: Trust) -> Authorities:
     return Authorities(
         root=root,
         region=_key(keys / "region.pem"),
-        ek_roots=_roots(Path(trust.ek_roots)),
+        ek_roots=read_roots(Path(trust.ek_roots)),
         policy=policy,
         vault=_secret(keys, "vault.key"),
         terms=Terms(term_s=trust.lease_h * HOUR_S, restarts=trust.lease_restarts),
@@ -125,7 +125,8 @@ def _key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _roots(folder: Path) -> tuple[bytes, ...]:
+def read_roots(folder: Path) -> tuple[bytes, ...]:
+    """The CA certificates (DER) in the files of a folder, PEM or DER. Raises: WorldError (`ek_roots`)."""
     found: list[bytes] = []
     try:
         for path in sorted(folder.iterdir()):

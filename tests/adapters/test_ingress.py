@@ -215,7 +215,7 @@ async def test_what_is_not_there_is_said(served: Served, path: str, method: str,
 
 @pytest.mark.parametrize(
     ("reason", "status"),
-    [("backlog_full", 429), ("worker_lost", 503), ("draining", 503), ("not_ready", 503), ("deadline", 504), ("disk", 503)],
+    [("backlog_full", 429), ("worker_lost", 503), ("draining", 503), ("not_ready", 503), ("deadline", 503), ("disk", 503)],
 )
 async def test_the_worlds_fault_is_retryable(served: Served, reason: str, status: int) -> None:
     """429 and 503 say when to come back."""
@@ -225,6 +225,13 @@ async def test_the_worlds_fault_is_retryable(served: Served, reason: str, status
     if status in {429, 503}:
         assert headers["retry-after"] == "1"
         assert headers["retry-after-ms"] == "250"
+
+
+async def test_a_time_that_ran_out_is_told_from_one_that_never_sufficed(served: Served) -> None:
+    """A deadline refused on arrival has a hint and is 503; one that passed while the request waited has none and is 504."""
+    served.desk.error = WorldError("deadline", "too late")
+    status, headers, _ = await served.post(request())
+    assert (status, "retry-after" in headers) == (504, False)
 
 
 async def test_no_traceback_leaves(served: Served) -> None:

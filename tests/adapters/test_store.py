@@ -21,14 +21,15 @@ from appliance.contract.deferral import (
     Instant,
     Kind,
     Leased,
+    Overflow,
     Parcel,
+    Policy,
     Rules,
     State,
     Stored,
 )
 from appliance.contract.errors import TheirsError, WorldError
 from appliance.core.reach import bounds, deferral
-from appliance.core.reach.deferral import Overflow, Policy
 
 POLICIES = {
     "request": Policy(Overflow.REJECT, 64 << 20, priority=4, ttl_s=3_600.0, max_attempts=3),

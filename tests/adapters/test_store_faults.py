@@ -25,10 +25,9 @@ from appliance.adapters.store import database as opening
 from appliance.adapters.store import disk as disking
 from appliance.adapters.store import writer as writing
 from appliance.adapters.store.disk import BALLAST_BYTES
-from appliance.contract.deferral import Bounds, Parcel, Rules, State, Stored
+from appliance.contract.deferral import Bounds, Overflow, Parcel, Policy, Rules, State, Stored
 from appliance.contract.errors import WorldError
 from appliance.core.reach.bounds import admit
-from appliance.core.reach.deferral import Overflow, Policy
 
 RULES = Rules(
     {

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from appliance.adapters.store import Store
-from appliance.contract.deferral import AGEING_S, DEDUPE_HORIZON_S, PRIORITIES, Bounds, Dropped, Instant, Parcel, Rules, Stored
+from appliance.contract.deferral import Bounds, Dropped, Instant, Item, Overflow, Parcel, Policy, Rules, Stored, Usage
 from appliance.contract.errors import WorldError
 from appliance.core.reach import bounds, deferral
-from appliance.core.reach.deferral import Item, Overflow, Policy
 
 T = TypeVar("T")
 POLICIES = {
@@ -68,7 +67,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.home.cleanup()
 
     def core_now(self) -> Any:
-        return deferral.Instant(self.now.boot_id, self.now.boot_s, self.now.wall_s, trusted=self.now.trusted)
+        return Instant(self.now.boot_id, self.now.boot_s, self.now.wall_s, trusted=self.now.trusted)
 
     def expire(self, dropped: tuple[Dropped, ...]) -> None:
         """What the store says has expired must have expired for core; it may find less at a time, never more."""
@@ -98,12 +97,12 @@ class QueueMachine(RuleBasedStateMachine):
         stored = len(parcel.payload) + len(idem) + len(key) + 256
         now_s = self.store.now_s()
         item = Item(0, key, kind, policy.priority if priority is None else priority, idem, stored, self.core_now(), now_s, policy.ttl_s)
-        usage = bounds.Usage(
+        usage = Usage(
             sum(each.size_bytes for each in self.items.values()),
             sum(each.size_bytes for each in self.items.values() if each.kind == kind),
             FREE,
         )
-        core_rules = bounds.Rules(POLICIES, bounds.Bounds(max_bytes=RULES.bounds.max_bytes, min_free_bytes=0))
+        core_rules = Rules(POLICIES, Bounds(max_bytes=RULES.bounds.max_bytes, min_free_bytes=0))
         candidates = sorted(
             (each for each in self.items.values() if each.seq not in self.leased),
             key=lambda each: bounds.drop_rank(each, core_rules, self.core_now()),
@@ -223,8 +222,3 @@ async def gathered(call: Coroutine[Any, Any, Stored]) -> list[Any]:
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
-
-
-def test_the_numbers_are_cores() -> None:
-    """Ageing, priorities and the horizon are written down in both places, and equal."""
-    assert (AGEING_S, PRIORITIES, DEDUPE_HORIZON_S) == (deferral.AGEING_S, deferral.PRIORITIES, deferral.DEDUPE_HORIZON_S)

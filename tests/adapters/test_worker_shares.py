@@ -248,7 +248,7 @@ async def test_a_region_that_closes_while_a_batch_waits_for_room_is_copied(fd: i
     """Where the arena is full the batch decides anew when it has room: nothing refers to a region that the child has forgotten."""
     from appliance.adapters.inference.limits import Limits  # noqa: PLC0415  (of this test alone)
 
-    async with Workers(limits=Limits(arena_bytes=BYTES + (1 << 20), depth=3)) as workers:
+    async with Workers(limits=Limits(arena_bytes=BYTES, depth=3)) as workers:
         await workers.load("largest", Platform.ONNX, weights(LARGEST))
         share = workers.share(fd, BYTES)
         frame = np.frombuffer(share.memory, np.uint8)

@@ -73,6 +73,10 @@ class Cloud:
         self.open = True
         self.asked: list[Request] = []
 
+    @property
+    def stands(self) -> bool:
+        return self.open
+
     def allows(self, tags: Tags) -> bool:
         return self.open and not tags.data_residency
 

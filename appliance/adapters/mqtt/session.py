@@ -58,7 +58,7 @@ class SessionSettings:
     keepalive_s: int = 10
     session_expiry_s: int = 86_400
     inflight: int = 20
-    packet_bytes: int = 2 * 1024 * 1024
+    packet_bytes: int = 4_200_000
 
 
 @dataclass(frozen=True, slots=True)

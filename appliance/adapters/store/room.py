@@ -26,7 +26,7 @@ EXPIRED = """
 class Admission(Protocol):
     """`core.reach.bounds.admit`: of an `Item`, its `Usage`, the `Rules`, candidates and an `Instant`; returns `drop` (items), or `reason` and `what`."""
 
-    def __call__(self, item: Any, usage: Any, rules: Any, candidates: Iterable[Any], now: Any, /) -> Any:
+    def __call__(self, item: Item, usage: Usage, rules: Rules, candidates: Iterable[Item], now: Instant, /) -> Any:
         """Decide on a newcomer."""
 
 

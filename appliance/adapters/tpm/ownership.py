@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Self
 
 from tpm2_pytss import ESAPI
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_PT, TPM2_ST, TPMA_OBJECT
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_PT, TPMA_OBJECT
 from tpm2_pytss.types import (
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
     TPMT_SIG_SCHEME,
-    TPMT_TK_HASHCHECK,
 )
 
 from appliance.adapters.tpm.leasing import define_counter
@@ -96,9 +95,8 @@ class Ownership:
             with step("load"):
                 key = hold(self._esys, loaded, self._esys.load(srk, TPM2B_PRIVATE(devid.private), unpack_public(devid.public)))
             with step("sign"):
-                ticket = TPMT_TK_HASHCHECK(tag=TPM2_ST.HASHCHECK, hierarchy=ESYS_TR.NULL)
                 scheme = TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL)
-                return bytes(self._esys.sign(key, hashlib.sha256(content).digest(), scheme, ticket).marshal())
+                return bytes(self._esys.sign(key, hashlib.sha256(content).digest(), scheme).marshal())
 
     @property
     def owner_set(self) -> bool:

@@ -17,6 +17,9 @@ _PARAMETER = 0x00C0
 _GIVEN = frozenset({"verify", "policy_signed", "count", "load", "import"})
 """Steps at which the TPM is given what came from the region: a parameter that it can not use is the region's fault, not the TPM's."""
 
+_OWNER_NEEDED = 0x9A2
+"""TPM_RC_BAD_AUTH of session 1: here only hierarchies have passwords, and only the owner's is ever needed."""
+
 AGAIN = "attest again"
 ANEW = "enrol this device anew"
 CONNECT = "connect it to its region"
@@ -74,8 +77,13 @@ def _translated(step: str, error: TSS2_Exception) -> ApplianceError:
         reason, what, remedy = known
         return TheirsError(reason, what, where=f"TPM at {step} (0x{error.rc:x})", remedy=remedy)
     if step in _GIVEN and error.rc & (_LAYER | _PARAMETER) == _PARAMETER:
-        return TheirsError("malformed", f"{step}: the TPM can not use what it was given: {error} (0x{error.rc:x})", where="TPM", remedy=AGAIN)
+        return TheirsError(
+            "malformed", f"{step}: the TPM can not use what it was given: {error} (0x{error.rc:x})", where="TPM", remedy=AGAIN
+        )
     if error.rc & _LAYER == _LAYER_MARSHAL:
         return TheirsError("malformed", f"{step}: not a TPM structure: {error}", where="TPM structure", remedy=AGAIN)
+    if error.rc == _OWNER_NEEDED:
+        remedy = "run `appliance provision` (with --owner-auth): it leaves the keys where no authorisation is needed"
+        return WorldError("owner", f"{step} needs the owner's authorisation, which was set already", where="TPM", remedy=remedy)
     remedy = "is the TPM there, and may this user open it?" if error.rc & _LAYER == _LAYER_TCTI else ""
     return WorldError("tpm", f"{step} failed: {error} (0x{error.rc:x})", where="TPM", remedy=remedy)

@@ -8,7 +8,9 @@ API: `Degradation(modes)`; `.observe(severity, why, now, cloud=…) -> Shift(mod
 4. A step up that is followed by a step down within `relapse_s` was a mistake: the calm asked for next doubles, up to `calm_max_s`; a step up
    that lasted resets it. So even a load that B relieves and A cannot carry makes few shifts.
 5. A mode that the model lacks, or that was withdrawn because it could not be loaded, is passed over. D is entered only while a cloud route is allowed, and left at once when it is not.
-6. No randomness, no clock: equal inputs give equal shifts.
+6. A way to the cloud that failed while it was needed is not trusted again for `relapse_s`, twice as long each time up to `calm_max_s`; D that lasted
+   longer than that makes it short again. Else a route that comes and goes under pressure would carry the mode with it.
+7. No randomness, no clock: equal inputs give equal shifts.
 """
 
 from collections.abc import Collection, Mapping
@@ -69,6 +71,8 @@ class Degradation:
         self._calm_s = self._settings.calm_s
         self._severity = Severity.CALM
         self._cloud = False
+        self._shut_s = self._settings.relapse_s
+        self._shut_until = -inf
         self._now = self._since = self._changed = self._raised = -inf
 
     def observe(self, severity: Severity, why: str, now: float, *, cloud: bool = False) -> Shift | None:
@@ -79,6 +83,9 @@ class Degradation:
         if self._since == -inf or severity is not self._severity:
             self._severity, self._since = severity, now
         if self.mode is Mode.CLOUD and not cloud and (local := self._next(Push.UP)):
+            lasted = now - self._changed >= self._shut_s
+            self._shut_s = self._settings.relapse_s if lasted else min(2 * self._shut_s, self._settings.calm_max_s)
+            self._shut_until = now + self._shut_s
             return self._shift(local, "no cloud route", now)
         due = self.deadline()
         if due is None or now < due:
@@ -102,8 +109,11 @@ class Degradation:
 
     def deadline(self) -> float | None:
         """When to observe again even if the pressure does not change; None if nothing would happen."""
-        if self._since == -inf or self._next(self._push()) is None:
+        if self._since == -inf:
             return None
+        if self._next(self._push()) is None:
+            waits = self._push() is Push.DOWN and Mode.CLOUD in self._modes and self.mode is not Mode.CLOUD
+            return self._shut_until if waits and self._now < self._shut_until else None
         if self._severity is Severity.CRITICAL:
             return max(self._since, self._changed + self._settings.critical_settle_s)
         lasting = self._settings.settle_s if self._severity is Severity.HIGH else self._calm_s
@@ -115,7 +125,8 @@ class Degradation:
     def _next(self, push: Push) -> Mode | None:
         """The nearest mode in that direction that the model has and the route allows."""
         mode = TRANSITIONS.get((self.mode, push))
-        while mode is not None and (mode not in self._modes or (mode is Mode.CLOUD and not self._cloud)):
+        shut = not self._cloud or self._now < self._shut_until
+        while mode is not None and (mode not in self._modes or (mode is Mode.CLOUD and shut)):
             mode = TRANSITIONS.get((mode, push))
         return mode
 

@@ -177,3 +177,21 @@ def test_a_mode_that_could_not_be_loaded_is_withdrawn() -> None:
     assert machine.observe(Severity.CRITICAL, "test", 1.0) == Shift(Mode.MINIMAL, "test")
     with pytest.raises(OursError, match="back from C to D"):
         machine.withdraw(Mode.MINIMAL, Mode.CLOUD)
+
+
+def test_a_way_to_the_cloud_that_comes_and_goes_does_not_carry_the_mode_with_it() -> None:
+    """Under lasting critical pressure a route that flaps every second makes a handful of shifts in ten minutes, not hundreds."""
+    machine = Degradation([Mode.FULL, Mode.CLOUD])
+    shifts = [machine.observe(Severity.CRITICAL, "test", 0.5 * step, cloud=step % 4 < 2) for step in range(1_200)]
+    assert len([shift for shift in shifts if shift]) <= 2 * (2 + 600 / TIMES.calm_max_s + log2(TIMES.calm_max_s / TIMES.relapse_s))
+
+
+def test_after_the_way_was_shut_critical_pressure_enters_the_cloud_again_at_a_deadline() -> None:
+    """The machine says itself when it is worth looking again."""
+    machine = Degradation([Mode.MINIMAL, Mode.CLOUD])
+    assert machine.observe(Severity.CRITICAL, "test", 0.0, cloud=True) == Shift(Mode.CLOUD, "test")
+    assert machine.observe(Severity.CRITICAL, "test", 1.0, cloud=False) == Shift(Mode.MINIMAL, "no cloud route")
+    assert machine.observe(Severity.CRITICAL, "test", 2.0, cloud=True) is None
+    due = machine.deadline()
+    assert due == 1.0 + 2 * TIMES.relapse_s
+    assert machine.observe(Severity.CRITICAL, "test", due, cloud=True) == Shift(Mode.CLOUD, "test")
