@@ -72,6 +72,7 @@ class Changing:
         self._offers: asyncio.Queue[Inbound] = asyncio.Queue(maxsize=8)
         self._refused: dict[str, int] = {}
         self._deferred: dict[str, str] = {}
+        self._stopped_at_term: dict[str, Manifest] = {}
         self._log = structlog.get_logger()
         link.on(topics.release(region), self._offered)
 
@@ -86,13 +87,24 @@ class Changing:
         wanted = list(shelf.values())
         while True:
             moved()
-            wanted = await self._work(wanted, moved)
+            wanted = await self._work(wanted + await self._lapsed(), moved)
             try:
                 async with asyncio.timeout(RETRY_S if wanted else TICK_S):
                     offer = await self._offers.get()
             except TimeoutError:
                 continue
             wanted = await self._verified(offer, wanted)
+
+    async def _lapsed(self) -> list[Manifest]:
+        """Unload the models whose release says `stop` and whose key may be held no longer; they are wanted again for when it may."""
+        lapsed = [each for each in self._stopped_at_term.values() if not self._trusting.holds(each.offline)]
+        for manifest in lapsed:
+            del self._stopped_at_term[manifest.model_id]
+            if self._serving.versions().get(manifest.model_id) == manifest.version:
+                await self._serving.unload(manifest.model_id)
+                self._log.warning("model_stopped_at_term", model=manifest.model_id, version=manifest.version)
+                await self._tell("model_stopped_at_term", {"model": manifest.model_id, "version": manifest.version})
+        return lapsed
 
     async def _verified(self, offer: Inbound, wanted: list[Manifest]) -> list[Manifest]:
         """The manifests on offer that are new here; an offer that does not verify leaves everything as it is."""
@@ -158,6 +170,10 @@ class Changing:
             accuracy = manifest.accuracy if mode is Mode.FULL else manifest.variants[mode].accuracy
             forms[mode] = Form(platform, weights, accuracy)
         await self._serving.mount(manifest, forms)
+        if manifest.at_term == "stop":
+            self._stopped_at_term[manifest.model_id] = manifest
+        else:
+            self._stopped_at_term.pop(manifest.model_id, None)
         await asyncio.to_thread(self._keep, manifest)
 
     def _weights(self, path: str, artifact: CompiledArtifact) -> int:

@@ -433,7 +433,7 @@ async def test_a_message_of_a_mebibyte_passes_and_a_larger_one_is_refused(region
         await link.publish(RELEASE, large, retain=True)
         await until(lambda: got == [large])
         with pytest.raises(TheirsError) as caught:
-            await link.publish(RELEASE, large + bytes(100_000))
+            await link.publish(RELEASE, large + bytes(3_200_000))
         assert caught.value.reason == "oversized"
         assert link.counters.losses == 0
 
