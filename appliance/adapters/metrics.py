@@ -41,7 +41,7 @@ METRICS = (
     Metric("worker_memory_bytes", "gauge", "Memory of an inference process (PSS), and of its shared tensors.", ("worker", "kind")),
     Metric("deferred_dropped_total", "counter", "Items of the durable queue that were dropped, by class and reason.", ("kind", "reason")),
     Metric("batch_utilization_ratio", "gauge", "Share of the largest batch that the last batch filled.", ("model",)),
-    Metric("vram_fragmentation_ratio", "gauge", "Share of the device memory that is free but cannot be allocated."),
+    Metric("vram_fragmentation_ratio", "gauge", "Share of what a resting inference process holds that nothing loaded needs."),
     Metric("thermal_throttle_events_total", "counter", "How often the clock was lowered, by cause.", ("cause",)),
     Metric("model_version_freshness_seconds", "gauge", "Age of the release that serves.", ("model",)),
     Metric("partition_state", "gauge", "1 for the state that a hop is in, 0 for the others.", ("hop", "state")),
@@ -127,7 +127,7 @@ class Meter:
         family.labels(cause).inc()
 
     def fragmented(self, ratio: float) -> None:
-        """Share (0..1) of free device memory that cannot be allocated."""
+        """Share (0..1) of what a resting process holds that nothing loaded in it needs."""
         self._gauge("vram_fragmentation_ratio").set(ratio)
 
     def compressed(self, ratio: float) -> None:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
+import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from appliance.cli import probes
+from appliance.adapters.board_generic import GenericBoard
+from appliance.cli import boards, probes
 from appliance.cli.probes import Finding, Machine
 from appliance.cloud.settings import Cloud
-from appliance.contract.errors import ApplianceError, TheirsError
+from appliance.contract.errors import ApplianceError, TheirsError, WorldError
 from appliance.contract.settings import Section, parse, render
 from appliance.edge.settings import Edge
 from appliance.regional.settings import Region
@@ -83,6 +85,24 @@ def _cloud(settings: Cloud, machine: Machine) -> Iterator[Finding]:
     yield probes.broker(machine, settings.reach.broker_host, settings.reach.broker_port)
 
 
+def _profile(settings: Edge, measure: Path | None) -> None:
+    """Print the profile; measure the board first if that is asked. Raises: ApplianceError."""
+    if measure is not None:
+        from appliance.workshop import boards as workshop  # noqa: PLC0415 - numpy is not needed for anything else here
+
+        text = workshop.toml(workshop.measure(GenericBoard().read().memory_total_bytes))
+        try:
+            measure.write_text(text)
+        except OSError as error:
+            raise WorldError(
+                "disk", f"cannot be written: {error.strerror}", where=str(measure), remedy="choose another --measure"
+            ) from error
+        click.echo(f"{measure}: written; name it in board.profile")
+        settings = msgspec.structs.replace(settings, board=msgspec.structs.replace(settings.board, profile=str(measure)))
+    for line in boards.explain(settings):
+        click.echo(line)
+
+
 def _metadata_root(path: str, machine: Machine) -> Finding:
     return probes.present(
         machine, "root of signed metadata", path, f"sudo install -m 0644 root.json {path}  # from whoever publishes the models"
@@ -103,9 +123,18 @@ def table(found: list[Finding]) -> Table:
 @click.command()
 @click.option("--config", "file", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The settings file, TOML.")
 @click.option("--kind", type=click.Choice(list(ROOMS)), default="device", show_default=True, help="Which daemon the file is for.")
+@click.option("--profile", is_flag=True, help="Explain how long batches take on this device, and why it believes so; nothing else.")
+@click.option(
+    "--measure",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="With --profile: measure this machine and write its board data there.",
+)
 @click.pass_context
-def check(context: click.Context, file: Path, kind: str) -> None:
+def check(context: click.Context, file: Path, kind: str, measure: Path | None, *, profile: bool) -> None:
     """Print the effective configuration and what is missing on this machine, with the command that mends it."""
+    if profile or measure:
+        _profile(load(file, Edge), measure)
+        return
     machine = context.find_object(Machine) or Machine()
     try:
         settings = load(file, ROOMS[kind])

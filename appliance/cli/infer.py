@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from appliance.client.labels import DICTIONARY, LabelReader, dictionary_of, input_names
+from appliance.client.retrying import ONCE
 from appliance.client.sync import Appliance
 from appliance.contract.errors import TheirsError
 from appliance.contract.inference import Array

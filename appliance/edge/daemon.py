@@ -39,6 +39,7 @@ from appliance.edge.deferring import Deferring
 from appliance.edge.guarding import Guarding
 from appliance.edge.lane import Hands, Pool
 from appliance.edge.reaching import Reaching
+from appliance.edge.renewing import Renewing
 from appliance.edge.serving import Serving
 from appliance.edge.settings import Edge
 from appliance.edge.stand import Policy
@@ -110,6 +111,7 @@ class _Device:
             "hop": self.hop,
             "serving": self.serving,
             "guarding": self.guarding,
+            "renewing": self._renewing(),
             "trusting": trusting,
             "changing": changing,
             "reaching": self.reaching,
@@ -247,6 +249,22 @@ class _Device:
     def _status(self) -> dict[str, object]:
         """What `GET /status` says: the vitals, and how long batches take here."""
         return {**msgspec.to_builtins(self.reaching.vitals()), "profile": self.serving.profiles()}
+
+    def _renewing(self) -> Renewing:
+        """The loop that replaces fragmented inference processes."""
+
+        def room_bytes() -> int | None:
+            reading = self.guarding.reading
+            return reading.memory_available_bytes if reading else None
+
+        return Renewing(
+            self.clock,
+            holdings=functools.partial(opening.holdings, self.engine),
+            renew=self.engine.renew,
+            calm=lambda: self.guarding.calm,
+            room_bytes=room_bytes,
+            fragmented=self.meter.fragmented,
+        )
 
     def _lost(self, change: Change) -> None:
         if isinstance(change, Lost):

@@ -10,7 +10,9 @@ from appliance.adapters.board_generic import GenericBoard
 from appliance.adapters.board_jetson import JetsonBoard
 from appliance.adapters.board_sim import ReplayBoard, SimBoard
 from appliance.adapters.clock import SystemClock
+from appliance.adapters.inference.backend import Options
 from appliance.adapters.inference.changes import Change
+from appliance.adapters.inference.nvml import open_nvml
 from appliance.adapters.inference.workers import Workers
 from appliance.adapters.ingress import Ingress
 from appliance.adapters.metrics import Meter
@@ -26,6 +28,7 @@ from appliance.core.reach import bounds
 from appliance.core.reach.deferral import POLICIES
 from appliance.core.serve import tegrastats
 from appliance.core.serve.board import BoardProfile, parse_board
+from appliance.core.serve.renewal import Holding
 from appliance.edge.settings import Edge
 from appliance.ports import Board, Counter, Desk
 
@@ -90,7 +93,15 @@ async def open_link(settings: Edge, stack: contextlib.AsyncExitStack) -> MqttLin
 async def open_engine(settings: Edge, stack: contextlib.AsyncExitStack, told: Callable[[Change], None]) -> Workers:
     """The inference processes; `told` hears of every loss."""
     threads = settings.serve.threads or max(1, (os.cpu_count() or 1) // settings.serve.workers)
-    engine = Workers(size=settings.serve.workers, threads=threads, batch_deadline_s=settings.serve.batch_deadline_s, on_change=told)
+    options = Options(prepacking=settings.serve.prepacking)
+    engine = Workers(
+        size=settings.serve.workers,
+        threads=threads,
+        batch_deadline_s=settings.serve.batch_deadline_s,
+        options=options,
+        gpu_bytes=open_nvml(),
+        on_change=told,
+    )
     stack.push_async_callback(engine.close)
     return engine
 
@@ -142,6 +153,23 @@ async def open_rpc(settings: Edge, desk: Desk, stack: contextlib.AsyncExitStack,
     stack.push_async_callback(rpc.close)
     stack.push_async_callback(rpc.drain, serve.drain_s)
     return port
+
+
+def holdings(engine: Workers) -> tuple[Holding, ...]:
+    """What each inference process holds, in the words of `core.serve.renewal`."""
+    return tuple(
+        Holding(
+            worker.worker,
+            worker.pid,
+            worker.held_bytes,
+            worker.needed_bytes,
+            worker.resting,
+            worker.batches,
+            worker.gpu_held_bytes,
+            worker.gpu_needed_bytes,
+        )
+        for worker in engine.stats()
+    )
 
 
 def exposition(engine: Workers, meter: Meter) -> bytes:

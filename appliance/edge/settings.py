@@ -38,6 +38,9 @@ class Serve(Section, frozen=True, kw_only=True):
     ] = "socket"
     workers: Annotated[int, Meta(ge=1, le=32, description="Child processes that run models")] = 1
     threads: Annotated[int, Meta(ge=0, le=128, description="Threads per worker; 0 shares the processors among the workers")] = 0
+    prepacking: Annotated[
+        bool, Meta(description="Keep a second, faster copy of the weights: off saves memory for up to twice the run time")
+    ] = True
     max_batch: Annotated[int, Meta(ge=1, le=256, description="Most requests in one batch")] = 8
     slo_ms: Annotated[
         float, Meta(ge=1, le=60_000, description="How soon an answer should come: batches are sized for it, in milliseconds")

@@ -72,7 +72,7 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]
 
 
 @contextlib.asynccontextmanager
-async def running(**options: Any) -> AsyncIterator[Served]:
+async def running(*, promises: bool = False, **options: Any) -> AsyncIterator[Served]:
     """A served desk on both addresses."""
     folder = Path(tempfile.mkdtemp(prefix="ap-", dir="/tmp"))
     desk = DoublingDesk()
@@ -83,6 +83,7 @@ async def running(**options: Any) -> AsyncIterator[Served]:
         status=lambda: {"mode": "A"},
         body_limit_bytes=LIMIT,
         bounds=BOUNDS,
+        counter=desk if promises else None,
         refused=lambda model, outcome: refused.append((model, outcome)),
         **options,
     )
@@ -691,7 +692,7 @@ async def test_a_promise_is_made_and_kept() -> None:
     """Who accepts deferral may get 202 and an id; what is fetched by it is the promise again, the answer, or why there will be none."""
     desk = DoublingDesk()
     desk.promise = Promise("p/1", "no route", 2.5)
-    ingress = Ingress(desk, metrics=bytes, status=dict, counter=desk)  # type: ignore[arg-type] # it fetches, and nothing else is asked of it
+    ingress = Ingress(desk, metrics=bytes, status=dict, counter=desk)
     await ingress.start("127.0.0.1", 0, None)
     served = Served(ingress, desk, Path(), [])
     fetch = b"GET /v2/deferred/p%2F1 HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -777,3 +778,14 @@ async def test_the_rest_of_the_protocol_answers(served: Served) -> None:
     served.desk.is_ready = False
     status, headers, body = await get("/v2/health/ready")
     assert (status, headers["retry-after"], json.loads(body)["error"]) == (503, "1", "no model yet")
+
+
+@pytest.mark.parametrize("what", ["retry", "drop"])
+async def test_an_operator_has_a_say_in_a_promise_only_where_the_repository_is_open(what: str) -> None:
+    """`retry` and `drop` reach the queue through the Unix socket, and are forbidden on TCP like load and unload."""
+    target = f"POST /v2/deferred/abc%2F1/{what} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode()
+    async with running(promises=True) as served:
+        assert (await served.raw(target))[0] == 403
+        assert served.desk.operated == []
+        assert (await served.raw(target, unix=True))[0] == 200
+        assert served.desk.operated == [(what, "abc/1")]

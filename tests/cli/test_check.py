@@ -1,8 +1,11 @@
 """`appliance check` on machines that the test builds."""
 
+import json
 import socket
 import stat
 import tempfile
+import threading
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,8 @@ from click.testing import CliRunner, Result
 from appliance.cli import probes
 from appliance.cli.check import check
 from appliance.cli.probes import Machine
+from appliance.contract.errors import TheirsError
+from appliance.core.serve.board import parse_board
 
 DEVICE = """
 [device]
@@ -172,3 +177,57 @@ def test_the_real_probes_answer_on_this_machine() -> None:
         port = server.getsockname()[1]
         assert probes.reachable("127.0.0.1", port) == ""
     assert probes.reachable("127.0.0.1", port) == "Connection refused"
+
+
+def profile(root: Path, more: str = "", *options: str) -> Result:
+    file = root / "device.toml"
+    file.write_text(DEVICE.replace("[reach]", f"{more}\n[reach]").replace('region = "north"', f'region = "north"\nruntime_dir = "{root}"'))
+    return CliRunner().invoke(check, ["--config", str(file), "--profile", *options], standalone_mode=False)
+
+
+def test_the_profile_explains_board_and_models(root: Path) -> None:
+    """The board's numbers come with their sources, the models' with what the running daemon measured; without it, it says so."""
+    data = Path(__file__).parents[2] / "bsp/jetson/profiles/orin-nano-8gb.toml"
+    board = f'[board]\nprofile = "{data}"'
+    silent = profile(root, board)
+    assert "board orin-nano-8gb" in silent.output
+    assert "68 GB/s" in silent.output
+    assert "the daemon does not answer" in silent.output
+    body = json.dumps({"profile": {"reader": ["mode A, batch 1: 5.4 ms, 185 samples/s, measured 12 times"]}}).encode()
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(str(root / "api.sock"))
+        daemon.listen(1)
+
+        def answer() -> None:
+            connection, _ = daemon.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + body)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        told = profile(root, board)
+        thread.join()
+    assert "model reader:" in told.output
+    assert "measured 12 times" in told.output
+
+
+def test_a_machine_can_be_measured_and_the_file_is_board_data(root: Path) -> None:
+    """`--measure` writes a file that `board.profile` takes, with the source of each number."""
+    written = root / "measured.toml"
+    result = profile(root, "", "--measure", str(written))
+    assert result.exception is None
+    assert "board measured" in result.output
+    measured = parse_board(tomllib.loads(written.read_text()), "measured")
+    assert measured.bandwidth_bytes_s > 1e8
+    assert measured.peak_flops["fp32"] > 1e8
+    assert "measured" in measured.sources["peak_flops"]
+
+
+def test_board_data_that_is_none_is_named(root: Path) -> None:
+    """A wrong file is one sentence with its name."""
+    (root / "odd.toml").write_text("name = ")
+    with pytest.raises(TheirsError, match=r"odd\.toml: not TOML"):
+        result = profile(root, f'[board]\nprofile = "{root / "odd.toml"}"')
+        if result.exception:
+            raise result.exception

@@ -27,6 +27,7 @@ class DoublingDesk:
         self.gate: asyncio.Event | None = None
         self.left = asyncio.Event()
         self.is_ready = True
+        self.operated: list[tuple[str, str]] = []
         self.is_loaded = True
         self.changes: list[tuple[str, str]] = []
         self.asked: list[Request] = []
@@ -61,6 +62,12 @@ class DoublingDesk:
             raise self.error
         self.changes.append((change, model))
         self.is_loaded = change == "load"
+
+    async def revive(self, promise: str) -> None:
+        self.operated.append(("retry", promise))
+
+    async def drop(self, promise: str) -> None:
+        self.operated.append(("drop", promise))
 
     async def fetch(self, promise: str) -> Answer | Promise:
         if self.error is not None:

@@ -45,6 +45,8 @@ def _below(parts: list[str]) -> Place | None:
             return Place("foreign_memory", "GET" if last == "status" else "POST")
         case ["", "v2", "deferred", promise] if promise:
             return Place("deferred", "GET", unquote(promise))
+        case ["", "v2", "deferred", promise, "retry" | "drop" as what] if promise:
+            return Place(f"deferred_{what}", "POST", unquote(promise))
         case ["", "v2", "models", model, "versions", version, *rest] if model and version and len(rest) <= 1:
             pass
         case ["", "v2", "models", model, *rest] if model and len(rest) <= 1:

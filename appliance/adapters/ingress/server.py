@@ -114,6 +114,8 @@ class Ingress:
             "metrics": self._scrape,
             "status": self._tell,
             "deferred": self._deferred,
+            "deferred_retry": self._deferred_retry,
+            "deferred_drop": self._deferred_drop,
             "model": self._model,
             "model_ready": self._model_ready,
             "foreign_memory": self._foreign_memory,
@@ -227,9 +229,22 @@ class Ingress:
         self._refused(model if model in self._desk.models() else "-", outcome)
 
     async def _deferred(self, _request: web.BaseRequest, place: Place) -> web.Response:
+        return _rendered(await self._promises().fetch(place.model), Layout(default_binary=True))
+
+    async def _deferred_retry(self, request: web.BaseRequest, place: Place) -> web.Response:
+        self._check_open(request)
+        await self._promises().revive(place.model)
+        return ok()
+
+    async def _deferred_drop(self, request: web.BaseRequest, place: Place) -> web.Response:
+        self._check_open(request)
+        await self._promises().drop(place.model)
+        return ok()
+
+    def _promises(self) -> Counter:
         if self._counter is None:
             raise TheirsError("unknown_promise", "this device makes no promises")
-        return _rendered(await self._counter.fetch(place.model), Layout(default_binary=True))
+        return self._counter
 
     async def _live(self, _request: web.BaseRequest, _place: Place) -> web.Response:
         return ok() if self._desk.live() else failure(503, "the daemon's loops do not move", "not_ready")

@@ -7,11 +7,13 @@
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import msgspec
 
 from appliance.contract.errors import TheirsError, WorldError
-from appliance.contract.models import Manifest
+from appliance.contract.models import CompiledArtifact, Manifest
+from appliance.contract.vocabulary import Platform
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -58,10 +60,7 @@ def fingerprint(manifest: Manifest) -> str:
 
     They are named here one by one: a later field of the contract must not change the fingerprint of a release that is running.
     """
-    artifacts = [
-        [platform, each.size, each.sha256, each.container_size, each.container_sha256, each.root]
-        for platform, each in sorted(manifest.compiled_artifacts.items())
-    ]
+    artifacts = _rows(manifest.compiled_artifacts)
     limits = manifest.edge_constraints
     fields = [
         manifest.model_id,
@@ -71,6 +70,15 @@ def fingerprint(manifest: Manifest) -> str:
         artifacts,
         [float(limits.min_vram_gb), limits.max_batch_size, float(limits.target_latency_ms)],
     ]
+    if manifest.variants:
+        fields.append([[mode, _rows(variant.compiled_artifacts)] for mode, variant in sorted(manifest.variants.items())])
     if (manifest.offline, manifest.at_term) != ("lease", "keep"):  # a release from before these fields keeps its fingerprint
         fields += [manifest.offline, manifest.at_term]
     return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
+
+
+def _rows(artifacts: Mapping[Platform, CompiledArtifact]) -> list[list[str | int]]:
+    return [
+        [platform, each.size, each.sha256, each.container_size, each.container_sha256, each.root]
+        for platform, each in sorted(artifacts.items())
+    ]

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.contract.errors import TheirsError, WorldError
-from appliance.contract.models import CompiledArtifact, EdgeConstraints, Manifest
-from appliance.contract.vocabulary import Platform
+from appliance.contract.models import CompiledArtifact, EdgeConstraints, Manifest, Variant
+from appliance.contract.vocabulary import Mode, Platform
 from appliance.core.trust.fencing import Fence, fingerprint, unpack
 
 ARTIFACT = CompiledArtifact(size=1, sha256="a", container_size=2, container_sha256="b", root="c")
@@ -69,6 +69,8 @@ def test_fingerprint_covers_what_makes_a_release() -> None:
         {"compiled_artifacts": {Platform.LITERT: ARTIFACT}},
         {"compiled_artifacts": {Platform.ONNX: msgspec.structs.replace(ARTIFACT, root="d")}},
         {"edge_constraints": EdgeConstraints(min_vram_gb=2, max_batch_size=8, target_latency_ms=50)},
+        {"variants": {Mode.MINIMAL: Variant(compiled_artifacts={Platform.ONNX: ARTIFACT})}},
+        {"variants": {Mode.MINIMAL: Variant(compiled_artifacts={Platform.ONNX: msgspec.structs.replace(ARTIFACT, root="d")})}},
     ]
     prints = {fingerprint(msgspec.structs.replace(MANIFEST, **change)) for change in changes}
     assert len(prints | {fingerprint(MANIFEST)}) == len(changes) + 1
