@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -42,6 +42,8 @@ class VariantCard(_Table, frozen=True, kw_only=True):
     accuracy: Share | None = None
     latency_ms: Positive | None = None
     memory_bytes: Annotated[int, Meta(ge=0)] | None = None
+    flops: Annotated[float, Meta(ge=0)] | None = None
+    activation_bytes: Annotated[float, Meta(ge=0)] | None = None
     how: Annotated[str, Meta(max_length=500)] = ""
 
 
@@ -65,6 +67,10 @@ class ModelCard(_Table, frozen=True, kw_only=True):
     accuracy: Share | None = None
     latency_ms: Positive | None = None
     memory_bytes: Annotated[int, Meta(ge=0)] | None = None
+    flops: Annotated[float, Meta(ge=0)] | None = None
+    activation_bytes: Annotated[float, Meta(ge=0)] | None = None
+    offline: Literal["lease", "never"] = "lease"
+    at_term: Literal["keep", "stop"] = "keep"
     example_shapes: dict[str, list[Annotated[int, Meta(ge=1)]]] = {}
     variants: dict[Mode, VariantCard] = {}
     refused: dict[Mode, str] = {}

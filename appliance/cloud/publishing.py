@@ -236,6 +236,8 @@ def _described(model: _Model, token: int, released_at: float, artifacts: dict[Mo
             accuracy=each.accuracy,
             latency_ms=each.latency_ms,
             memory_bytes=each.memory_bytes,
+            flops=each.flops,
+            activation_bytes=each.activation_bytes,
             how=each.how,
         )
         for mode, each in sorted(card.variants.items())
@@ -251,6 +253,10 @@ def _described(model: _Model, token: int, released_at: float, artifacts: dict[Mo
         accuracy=card.accuracy,
         latency_ms=card.latency_ms,
         memory_bytes=card.memory_bytes,
+        flops=card.flops,
+        activation_bytes=card.activation_bytes,
+        offline=card.offline,
+        at_term=card.at_term,
         example_shapes=card.example_shapes,
         variants=variants,
     )

@@ -5,7 +5,7 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,13 +40,14 @@ SVID_TTL_S = 40.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the operator asked for. `rate_per_s` 0: no labels are sent, and any model is served."""
+    """What the operator asked for. `rate_per_s` 0: no labels are sent, and any model is served. `settings` go over those of each device."""
 
     devices: int
     model: Path
     rate_per_s: float
     seed: int = 1
     reattest_s: float = 3600.0
+    settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     say: Callable[[str], None] = lambda _text: None
 
 
@@ -211,6 +212,8 @@ class Lab:
             "board": {"kind": "sim"},
             "sim": {"control": home / CONTROL},
         }
+        for section, values in self.plan.settings.items():
+            sections.setdefault(section, {}).update(values)
         unit = await self._daemon(name, "run", sections)
         stream = Stream(
             f"unix:{socket}", MODEL, reference, rate_per_s=self.plan.rate_per_s, callers=4, seed=self.plan.seed * 1_000 + number

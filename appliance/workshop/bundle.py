@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from appliance.cloud import cards
 from appliance.cloud.cards import CARD, Measured, ModelCard, VariantCard
 from appliance.contract.errors import TheirsError, WorldError
 from appliance.contract.vocabulary import Mode
-from appliance.workshop import graphs, judging
+from appliance.workshop import counting, graphs, judging
 from appliance.workshop.candidates import HEAD, Order
 from appliance.workshop.judging import Judged
 from appliance.workshop.jury import Candidate
@@ -105,8 +107,18 @@ def settle(scratch: Path, card: ModelCard, taken: Mapping[Mode, Candidate]) -> N
                 path.unlink()
     except OSError as error:
         raise _disk(scratch, error) from error
-    graphs.write_bytes(scratch / CARD, cards.written(card).encode())
+    graphs.write_bytes(scratch / CARD, cards.written(_counted(scratch, card)).encode())
     cards.read(scratch / CARD)
+
+
+def _counted(scratch: Path, card: ModelCard) -> ModelCard:
+    """The card with the work of one sample in each form."""
+    flops, moved = counting.count(scratch / FULL, card.example_shapes)
+    variants = {}
+    for mode, variant in card.variants.items():
+        ours, bytes_moved = counting.count(scratch / variant.files[0], card.example_shapes)
+        variants[mode] = msgspec.structs.replace(variant, flops=ours, activation_bytes=bytes_moved)
+    return msgspec.structs.replace(card, flops=flops, activation_bytes=moved, variants=variants)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ __all__ = ["Case", "Order", "Report", "build", "cached"]
 KEY = "bundle.key"
 """Beside a cached bundle: what it was built from."""
 
-_CODE = ("bundle", "candidates", "cutting", "graphs", "judging", "jury", "quantised", "samples", "variants", "weighing", "windowed")
+_CODE = ("bundle", "candidates", "counting", "cutting", "graphs", "judging", "jury", "quantised", "samples", "variants", "weighing", "windowed")
 
 Say = Callable[[str], None]
 

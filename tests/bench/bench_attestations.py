@@ -2,7 +2,9 @@
 
 The real loops of both sides run on a paper TPM for all of them, and on a software TPM (swtpm) for as many as fit in SWTPM_S seconds.
 
-    python tests/bench/bench_attestations.py [count]
+    python tests/bench/bench_attestations.py [count | refusals]
+
+`refusals` only runs the tests of the refusal table (docs/rooms/trust.md) and counts its rows.
 """
 
 import asyncio
@@ -13,7 +15,9 @@ import platform
 import random
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -181,19 +185,47 @@ def _resident(status: Path) -> int:
     return int(found[1]) if found else 0
 
 
+def refusals() -> dict[str, object]:
+    """The rows of the refusal table, and how its tests went."""
+    table = (ROOT / "docs/rooms/trust.md").read_text().split("### What is refused", 1)[1].split("###", 1)[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    tests = [
+        "tests/adapters/test_tpm.py",
+        "tests/adapters/test_tpm_refusals.py",
+        "tests/adapters/test_tpm_provision.py",
+        "tests/core/trust",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.xml"
+        subprocess.run([sys.executable, "-m", "pytest", *tests, f"--junitxml={result}"], cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+        counts = re.search(r'errors="(\d+)" failures="(\d+)" skipped="(\d+)" tests="(\d+)"', result.read_text())
+    assert counts
+    errors, failures, skipped, total = map(int, counts.groups())
+    return {"rows": len(rows), "tests": total, "failed": errors + failures, "skipped": skipped}
+
+
+def merge(key: str, value: object) -> None:
+    """Put one key into the report; the others stay."""
+    report = json.loads(REPORT.read_text()) if REPORT.exists() else {}
+    report[key] = value
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text(json.dumps(report, indent=1) + "\n")
+    say(json.dumps({key: value}, indent=1))
+
+
 def main() -> None:
-    """Run both, print, and merge into the report."""
+    """Run, print, and merge into the report."""
+    if sys.argv[1:] == ["refusals"]:
+        merge("refusals", refusals())
+        return
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     count = int(sys.argv[1]) if len(sys.argv) > 1 else COUNT
     say(f"{count} attestations on a paper TPM")
     found = {"paper": asyncio.run(paper(count))}
     say(f"{SWTPM_S:.0f} s of attestations on swtpm")
     found["swtpm"] = asyncio.run(software(SWTPM_S))
-    report = json.loads(REPORT.read_text()) if REPORT.exists() else {}
-    report["attestations"] = {**found, "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"}
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps(report, indent=1) + "\n")
-    say(json.dumps(found, indent=1))
+    merge("attestations", {**found, "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"})
+    merge("refusals", refusals())
     paper_run, swtpm_run = found["paper"], found["swtpm"]
     assert paper_run["sessions_left"] == 0 or paper_run["sessions_at_most"] == 1
     assert swtpm_run["handles_left"] in {0, 1}, "a session or an object leaked"
