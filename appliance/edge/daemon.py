@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,16 +49,19 @@ from appliance.edge.trusting import Trusting
 from appliance.edge.upstream import CloudRoute
 from appliance.ports import Board
 
+More = Callable[[Delivering], Mapping[str, Loop]]
+"""Loops that run beside the device's own, over its durable queue."""
 
-async def run(settings: Edge) -> None:
+
+async def run(settings: Edge, more: More = lambda _delivering: {}) -> None:
     """Serve until SIGTERM or SIGINT. Raises: ApplianceError if the device cannot even start."""
-    await serve(settings.log, functools.partial(_serve, settings))
+    await serve(settings.log, functools.partial(_serve, settings, more))
 
 
-async def _serve(settings: Edge, stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> None:
+async def _serve(settings: Edge, more: More, stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> None:
     notifier = ServiceManager()
     notifier.status("waiting for an identity")
-    await _live(await _Device(settings, stack).open(), settings, notifier, stop)
+    await _live(await _Device(settings, stack, more).open(), settings, notifier, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +89,9 @@ class _Device:
     deferring: Deferring
     upstream: CloudRoute | None
 
-    def __init__(self, settings: Edge, stack: contextlib.AsyncExitStack) -> None:
+    def __init__(self, settings: Edge, stack: contextlib.AsyncExitStack, more: More) -> None:
         self.settings = settings
+        self.more = more
         self.stack = stack
         self.clock = SystemClock()
         self.meter = Meter(self.clock.wall)
@@ -117,6 +122,7 @@ class _Device:
             "reaching": self.reaching,
             "delivering": delivering,
             "deferring": self.deferring,
+            **self.more(delivering),
         }
         return Life(self.clock, loops, self.link, self.serving, self.reaching, ingress)
 
@@ -218,6 +224,7 @@ class _Device:
             reattest_s=settings.reattest_s,
         )
         trusting.tell = self.reaching.tell
+        self.serving.hint = lambda: trusting.hint
         root = await asyncio.to_thread(opening.read, Path(settings.tuf_root), "trust.tuf_root")
         corridor = Corridor(TrustedMetadata(self.state / "metadata", root), depot, Sealed(), board)
         changing = Changing(
@@ -248,7 +255,7 @@ class _Device:
 
     def _status(self) -> dict[str, object]:
         """What `GET /status` says: the vitals, and how long batches take here."""
-        return {**msgspec.to_builtins(self.reaching.vitals()), "profile": self.serving.profiles()}
+        return {**msgspec.to_builtins(self.reaching.vitals()), "profile": self.serving.profiles(), "trust": self.serving.hint()}
 
     def _renewing(self) -> Renewing:
         """The loop that replaces fragmented inference processes."""

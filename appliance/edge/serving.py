@@ -28,7 +28,10 @@ SLO_STRETCH = 1.5
 
 
 class Serving:
-    """All models of this device. All times are the clock's monotonic seconds; `timeout_s` is the wall for a request that names none."""
+    """All models of this device. All times are the clock's monotonic seconds; `timeout_s` is the wall for a request that names none.
+
+    Set `hint` to say, where there is no model, what trust waits for.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Serving:
         self._draining = False
         self._used = (hands.clock.monotonic(), 0.0)
         self._log = structlog.get_logger()
+        self.hint: Callable[[], str] = lambda: ""
 
     @property
     def stands(self) -> Sequence[Stand]:
@@ -106,7 +110,7 @@ class Serving:
         """One line for a person who wonders."""
         if self._draining:
             return "the daemon is stopping"
-        return "" if self._stands else "no model has been opened yet; the log says what it waits for"
+        return "" if self._stands else self.hint() or "no model has been opened yet; the log says what it waits for"
 
     def models(self) -> Sequence[str]:
         """The names of all models that are served."""
