@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
 from appliance.lab.daemon import Device, Lab, Plan
@@ -13,15 +13,19 @@ from appliance.lab.site import claim
 MODEL = Path(__file__).parent.parent.parent / "build/models/label-reader.onnx"
 
 Condition = Callable[[], Awaitable[bool]]
+Settings = Mapping[str, Mapping[str, object]]
 
 
 @contextlib.asynccontextmanager
-async def running(*, rate_per_s: float = 8.0, reattest_s: float = 3600.0) -> AsyncIterator[Lab]:
-    """Run a lab with one device for a while, and leave nothing."""
+async def running(
+    *, rate_per_s: float = 8.0, reattest_s: float = 3600.0, model: Path = MODEL, settings: Settings | None = None
+) -> AsyncIterator[Lab]:
+    """Run a lab with one device for a while, and leave nothing. `settings` go over the device's own."""
     folder = Path(tempfile.mkdtemp(prefix="ap-", dir="/tmp"))
     try:
         async with contextlib.AsyncExitStack() as stack:
-            lab = Lab(claim(folder / "lab"), Plan(devices=1, model=MODEL, rate_per_s=rate_per_s, reattest_s=reattest_s), stack)
+            plan = Plan(devices=1, model=model, rate_per_s=rate_per_s, reattest_s=reattest_s, settings=settings or {})
+            lab = Lab(claim(folder / "lab"), plan, stack)
             await lab.open()
             yield lab
     finally:

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import onnxruntime
 import pytest
+import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
 
 from appliance.lab.daemon import Device
@@ -117,3 +118,29 @@ async def test_sigterm_answers_what_is_in_flight() -> None:
         assert (code, loop.time() - began < 5) == (0, True)
         assert [status for status, _ in await asyncio.gather(*waiting)] == [200, 200]
         assert code != -signal.SIGKILL
+
+
+async def test_the_same_model_is_served_over_grpc_with_the_same_bits() -> None:
+    """Triton's own gRPC client reads metadata and gets onnxruntime's bits; the answer's parameters say mode, route and why."""
+    settings = {"serve": {"grpc": True, "grpc_port": 0}}
+    async with running(rate_per_s=0.5, settings=settings) as lab:
+        [line] = [line for line in lab.devices[0].unit.log.read_text().splitlines() if '"event": "started"' in line]
+        port = int(json.loads(line)["grpc_port"])
+
+        def ask() -> tuple[bool, dict[str, str]]:
+            client = triton_grpc.InferenceServerClient(f"127.0.0.1:{port}")
+            tensor = triton_grpc.InferInput("x", X.shape, "FP32")
+            tensor.set_data_from_numpy(X)
+            result = client.infer("label-reader", [tensor])
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = options.inter_op_num_threads = 1
+            session = onnxruntime.InferenceSession(MODEL, options, providers=["CPUExecutionProvider"])
+            output = session.get_outputs()[0].name
+            same = np.array_equal(result.as_numpy(output), session.run(None, {"x": X})[0])
+            told = {name: value.string_param for name, value in result.get_response().parameters.items()}
+            client.close()
+            return same, told
+
+        same, told = await asyncio.to_thread(ask)
+        assert same
+        assert (told["mode"], told["route"], told["why"]) == ("A", "edge", "nothing presses")
