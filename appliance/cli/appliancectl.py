@@ -4,6 +4,7 @@ import click
 
 from appliance.cli.appliance import guarded
 from appliance.cli.deferrals import queue
+from appliance.cli.devices import device
 from appliance.cli.injections import lab
 from appliance.cli.variants import variants
 
@@ -18,6 +19,7 @@ def model() -> None:
     """Prepare a model for the fleet."""
 
 
+group.add_command(device)
 group.add_command(lab)
 group.add_command(queue)
 model.add_command(variants)
