@@ -5,13 +5,21 @@ FAST := not slow
 export ORT_DISABLE_TELEMETRY := 1
 LOCK := --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-find-links --no-emit-index-url
 
-.PHONY: run test check setup bundle docs bench bench-peers lock clean
+.PHONY: run test spire chaos check setup bundle docs bench simulate bench-peers lock clean
 
 run: setup bundle ## a broker, a software TPM, a cloud, a region and DEVICES=1 devices read shelf labels; RUN_FOR=60 stops by itself
 	@$(PYTHON) -m appliance lab
 
-test: setup ## everything, on real parts
+test: setup ## everything, on real parts; where Go is, the first run builds SPIRE for the tests, about ten minutes
+	@! command -v go >/dev/null || scripts/build-spire >/dev/null || true
 	@$(PYTHON) -m pytest -rs
+
+spire: setup ## ten minutes under load on real SPIRE with identities that last 60 s, and its faults; docs/spire.md
+	@scripts/build-spire >/dev/null
+	@SPIRE_MINUTES=10 $(PYTHON) -m pytest -s tests/fleet/test_spire.py
+
+chaos: setup ## a fleet at peak load is broken on purpose, and every promise is counted: about 8 minutes, as root; docs/chaos.md
+	@$(PYTHON) -m tests.chaos.run
 
 check: setup ## format, lint, types, house rules, fast tests: under 90 s
 	@.venv/bin/ruff format --check --quiet . && .venv/bin/ruff check --quiet .
@@ -24,6 +32,9 @@ docs: setup ## regenerate what docs/ holds that is generated: state diagrams, th
 
 bench: setup ## benchmarks of the pieces and of a whole device; figures in build/reports
 	@for bench in tests/bench/bench_*.py; do $(PYTHON) $$bench || exit 1; done
+
+simulate: setup ## SEEDS=10000 fleets on virtual time, each with its own faults; a failing one prints how to replay it
+	@$(PYTHON) tests/bench/bench_simulation.py --seeds $(or $(SEEDS),10000)
 
 bench-peers: setup ## a whole device and the servers that people use instead, in one run (docs/bench.md); installs them into build/peers
 	@$(PYTHON) tests/bench/peers/install.py

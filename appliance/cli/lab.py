@@ -26,6 +26,7 @@ JUDGED_FROM = 200
 REFRESH_S = 1.0
 LOG_COLUMNS = 160
 ROTATES_WITHIN_S = 45.0
+SPIRE_TTL_S = 60.0
 REPORT = Path("build/reports/run.json")
 
 
@@ -43,8 +44,9 @@ REPORT = Path("build/reports/run.json")
 @click.option(
     "--state", type=click.Path(file_okay=False, path_type=Path), help="Directory for everything; default under the temporary directory."
 )
+@click.option("--spire", is_flag=True, help="Identities by real SPIRE (docs/spire.md).")
 @click.option("--remove", is_flag=True, help="Remove the directory at the end.")
-def lab(devices: int, run_for: float | None, rate: float, model: Path, state: Path | None, *, remove: bool) -> None:
+def lab(devices: int, run_for: float | None, rate: float, model: Path, state: Path | None, *, spire: bool, remove: bool) -> None:
     """Run a whole fleet on this machine."""
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     site = claim(state)
@@ -53,11 +55,10 @@ def lab(devices: int, run_for: float | None, rate: float, model: Path, state: Pa
     def say(text: str) -> None:
         console.print(f"[dim]{time.monotonic() - started:6.1f} s[/dim]  {text}", highlight=False)
 
+    plan = Plan(devices=devices, model=model, rate_per_s=rate, spire_ttl_s=SPIRE_TTL_S if spire else 0.0, say=say)
     say(f"everything is kept in {site.path}" + (" until the end" if remove else ""))
     try:
-        reason = asyncio.run(
-            _run(Lab(site, Plan(devices=devices, model=model, rate_per_s=rate, say=say), contextlib.AsyncExitStack()), run_for, console)
-        )
+        reason = asyncio.run(_run(Lab(site, plan, contextlib.AsyncExitStack()), run_for, console))
     finally:
         if remove:
             site.remove()

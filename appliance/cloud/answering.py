@@ -56,6 +56,10 @@ class Answering:
         self._dollars_per_hour = dollars_per_hour
         self._log = structlog.get_logger()
 
+    def priced(self, dollars_per_hour: float) -> None:
+        """Take in what one worker's machine costs from now on."""
+        self._dollars_per_hour = dollars_per_hour
+
     async def infer(self, inbound: Inbound) -> bytes:
         """Answer one frame. Raises: TheirsError (`malformed`, `unknown_model`, …), WorldError (`backlog_full`, `deadline`, `worker_lost`)."""
         arrived = time.monotonic()
@@ -81,6 +85,7 @@ class Answering:
                 outputs = await self._engine.run(_key(served, ask.head.stage), ask.tensors, ask.head.outputs)
         except TimeoutError:
             raise WorldError("deadline", f"{ask.head.within_ms:.0f} ms were over before it was answered", where="cloud") from None
+        self._log.debug("inference_computed", model=served.model, stage=ask.head.stage)
         head = AnswerHead(
             version=served.version,
             took_ms=(time.monotonic() - started) * 1e3,

@@ -17,6 +17,7 @@ from appliance.adapters.spiffe import WorkloadIdentity
 from appliance.adapters.systemd import ServiceManager
 from appliance.cloud.answering import Answering, served_from
 from appliance.cloud.offering import Offering
+from appliance.cloud.prices import Pricing, read_series
 from appliance.cloud.publishing import Publisher
 from appliance.cloud.settings import Cloud
 from appliance.contract import identities, topics
@@ -40,7 +41,8 @@ async def _publish(settings: Cloud, stack: contextlib.AsyncExitStack, stop: asyn
     link = await _link(settings, stack)
     loops: dict[str, Loop] = {"offering": Offering(link, publisher, release, settings.cloud.regions)}
     if settings.answer.workers:
-        loops["answering"] = await _answering(settings, link, stack)
+        loops["answering"] = answering = await _answering(settings, link, stack)
+        loops["pricing"] = await _pricing(settings, link, clock, answering)
     for region in settings.cloud.regions:
         link.serve(topics.upstream_ping(region), pong)
     pulse = Pulse(clock, notifier, stalled_s=settings.watchdog.stalled_s)
@@ -90,6 +92,22 @@ async def _answering(settings: Cloud, link: MqttLink, stack: contextlib.AsyncExi
     for region in settings.cloud.regions:
         link.serve(topics.upstream_infer(region), answering.infer)
     return answering
+
+
+async def _pricing(settings: Cloud, link: MqttLink, clock: SystemClock, answering: Answering) -> Pricing:
+    """What computing here costs, told to the regions. Raises: WorldError (`unreadable`), TheirsError (`prices`)."""
+    asked = settings.answer
+    series = await asyncio.to_thread(read_series, Path(asked.prices)) if asked.prices else (asked.dollars_per_hour,)
+    return Pricing(
+        link,
+        clock,
+        series,
+        regions=settings.cloud.regions,
+        every_s=asked.price_every_s,
+        on_demand_per_h=asked.dollars_per_hour,
+        egress_per_gb=asked.egress_per_gb,
+        priced=answering.priced,
+    )
 
 
 def _open(settings: Cloud, clock: SystemClock) -> tuple[Publisher, Release]:

@@ -32,7 +32,17 @@ class Answer(Section, frozen=True, kw_only=True):
     waiting: Annotated[
         int, Meta(ge=0, le=64, description="Requests that may wait for each worker; beyond that they are refused at once")
     ] = 4
-    dollars_per_hour: Annotated[float, Meta(ge=0, le=10_000, description="What one worker's machine costs; told with each answer")] = 0.5
+    dollars_per_hour: Annotated[
+        float,
+        Meta(ge=0, le=10_000, description="What one worker's machine costs on demand; told with each answer where no series is given"),
+    ] = 0.5
+    egress_per_gb: Annotated[float, Meta(ge=0, le=100, description="What a GB costs that leaves a site for the cloud, in dollars")] = 0.09
+    prices: Annotated[
+        str, Meta(description="Series of spot prices, a CSV file with a column spot_per_h; empty: dollars_per_hour holds")
+    ] = ""
+    price_every_s: Annotated[
+        float, Meta(ge=0.1, le=86_400, description="Each price of the series holds so long and is told to the regions, in seconds")
+    ] = 300.0
 
 
 class Reach(Section, frozen=True, kw_only=True):

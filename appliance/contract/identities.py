@@ -18,13 +18,16 @@ BROKER = "broker"
 CLOUD = "cloud"
 """The username of the cloud."""
 
+QUARANTINED = "quarantined"
+"""The user that a broker gives to all devices that their region has cut off."""
+
 _REGION_PREFIX = "region-"
 _COMMON_NAME_LIMIT = 64
 
 
 def device_user(device: str) -> str:
     """Return a device's username, which is its name. Raises: TheirsError (`name`) if it is no name or is reserved for a role."""
-    if device in {BROKER, CLOUD} or device.startswith(_REGION_PREFIX):
+    if device in {BROKER, CLOUD, QUARANTINED} or device.startswith(_REGION_PREFIX):
         raise TheirsError("name", f"{device!r} is reserved for a role; a device may not bear it", remedy="rename the device")
     return name(device)
 

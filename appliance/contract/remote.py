@@ -39,23 +39,34 @@ class TensorHead(msgspec.Struct, frozen=True):
 
 
 class AskHead(msgspec.Struct, frozen=True, kw_only=True, tag="infer"):
-    """Compute this. `stage`: the tensors are the model's inputs, or its features (the inputs of the head that follows the extractor)."""
+    """Compute this. `stage`: the tensors are the model's inputs, or its features (the inputs of the head that follows the extractor).
+
+    `residency` and `accept_degradation` are the caller's tags, so that whoever passes the frame on can hold them too.
+    """
 
     model: Annotated[str, msgspec.Meta(max_length=63)]
     version: Annotated[str, msgspec.Meta(max_length=63)]
     within_ms: Annotated[float, msgspec.Meta(gt=0, le=600_000)]
     stage: Literal["input", "features"] = "input"
     outputs: tuple[str, ...] = ()
+    residency: str = ""
+    accept_degradation: bool = True
     tensors: tuple[TensorHead, ...] = ()
 
 
 class AnswerHead(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
-    """The outputs; `took_ms` is what the computation took of a machine that costs `dollars_per_hour`."""
+    """The outputs; `took_ms` is what the computation took of a machine that costs `dollars_per_hour`.
+
+    `mode`, `why` and `dollars` are told by a device that answered for another: its mode, the reason, and what it cost there.
+    """
 
     version: str
     took_ms: float
     dollars_per_hour: float
     confidence: float | None = None
+    mode: Mode | None = None
+    why: str = ""
+    dollars: float | None = None
     tensors: tuple[TensorHead, ...] = ()
 
 

@@ -68,6 +68,21 @@ def infer(region: str, device: str) -> str:
     return f"v1/{region}/d/{device}/up/ask/infer"
 
 
+def neighbour(region: str, device: str) -> str:
+    """Device to region, request: an inference frame that another device of the region should answer, answered by one."""
+    return f"v1/{region}/d/{device}/up/ask/neighbour"
+
+
+def lent(region: str, device: str) -> str:
+    """Region to device, request: another device's inference frame, answered by one."""
+    return f"v1/{region}/d/{device}/dn/ask/infer"
+
+
+def lent_answer(region: str, device: str) -> str:
+    """Device to region: its answers to the region's requests, told apart by correlation data."""
+    return f"v1/{region}/d/{device}/up/answer"
+
+
 def answer(region: str, device: str) -> str:
     """Region to device: the answers to the device's requests, told apart by correlation data."""
     return f"v1/{region}/d/{device}/dn/answer"
@@ -81,6 +96,16 @@ def release(region: str) -> str:
 def beat(region: str) -> str:
     """Region to all its devices: `Beat`, the region's sign of life."""
     return f"v1/{region}/bcast/beat"
+
+
+def price(region: str) -> str:
+    """Region to all its devices, retained: `Price`, what the cloud costs now."""
+    return f"v1/{region}/bcast/price"
+
+
+def upstream_price(region: str) -> str:
+    """Cloud to region, retained: `Price`."""
+    return f"v1/{region}/r/dn/price"
 
 
 def upstream_beat(region: str) -> str:

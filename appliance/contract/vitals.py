@@ -47,7 +47,7 @@ class Vitals(Message, frozen=True, tag="vitals"):
     """A device's heartbeat: `seq` counts from 1 after each start, `interval_s` says when the next one is due.
 
     Latencies are of the last 30 s, in milliseconds; counters are since start. None means not measured. `mode` is the least of
-    `modes`, which has one for each model; `why` says what made it.
+    `modes`, which has one for each model; `why` says what made it. `capacity` is what it can answer of each model now, in samples a second.
     """
 
     limit: ClassVar[int] = 4_096
@@ -70,6 +70,7 @@ class Vitals(Message, frozen=True, tag="vitals"):
     rotations: int
     modes: dict[str, Mode] = msgspec.field(default_factory=dict)
     why: str = ""
+    capacity: dict[str, float] = msgspec.field(default_factory=dict)
 
 
 class Beat(Message, frozen=True, tag="beat"):

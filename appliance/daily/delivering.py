@@ -45,6 +45,7 @@ class Delivering:
         state: Callable[[], LinkState],
         told: Callable[[Dropped], None],
         ask_timeout_s: float,
+        chance: random.Random | None = None,
     ) -> None:
         self._link = link
         self._clock = clock
@@ -56,7 +57,7 @@ class Delivering:
         self._ask_timeout_s = ask_timeout_s
         self._pace = ReplayPace(CAPACITY_BYTES_S, now=clock.monotonic())
         self._wake = asyncio.Event()
-        self._chance = random.Random()  # noqa: S311 - jitter, not a secret
+        self._chance = chance or random.Random()  # noqa: S311 - jitter, not a secret
         self._log = structlog.get_logger()
         self.delivered = 0
 
@@ -99,9 +100,16 @@ class Delivering:
                 await self._paced(leased)
                 moved()
                 group.create_task(self._send(leased, taken, receipts))
-        if receipts:
+        return bool(receipts) and await self._settled(receipts)
+
+    async def _settled(self, receipts: dict[int, bytes | None]) -> bool:
+        """Delete what was received; False if the disk fails, and then it is sent again when its lease is over."""
+        try:
             self.delivered += await self._outbox.acknowledge(receipts)
-        return bool(receipts)
+        except WorldError as error:
+            self._log.warning("receipts_not_kept", count=len(receipts), reason=error.reason, what=str(error))
+            return False
+        return True
 
     async def _paced(self, leased: Leased) -> None:
         """Wait until this item leaves room for live traffic."""
@@ -140,12 +148,15 @@ class Delivering:
         """Do what the rules say with an item that was not received."""
         item = leased.item
         decided = settle(item, failure, self._policies[item.kind], self._outbox.now_s(), self._chance.random())
-        match decided:
-            case Retry(attempts=attempts, not_before_s=not_before_s):
-                await self._outbox.retry(item.seq, attempts, not_before_s)
-            case Bury(reason=reason):
-                self._log.error("item_buried", seq=item.seq, kind=item.kind, idem=item.idem, reason=reason, what=str(error))
-                self._tell(await self._outbox.bury(item.seq, f"{reason}: {error.reason}"))
+        try:
+            match decided:
+                case Retry(attempts=attempts, not_before_s=not_before_s):
+                    await self._outbox.retry(item.seq, attempts, not_before_s)
+                case Bury(reason=reason):
+                    self._tell(await self._outbox.bury(item.seq, f"{reason}: {error.reason}"))
+                    self._log.error("item_buried", seq=item.seq, kind=item.kind, idem=item.idem, reason=reason, what=str(error))
+        except WorldError as disk:  # its lease ends by itself, and then it is sent again
+            self._log.warning("failure_not_kept", seq=item.seq, reason=disk.reason, what=str(disk))
 
     def _tell(self, dropped: tuple[Dropped, ...]) -> None:
         for each in dropped:

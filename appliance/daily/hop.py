@@ -34,12 +34,14 @@ class Hop:
         ping: str,
         settings: PartitionSettings,
         changed: Callable[[LinkState, str], None],
+        tick_s: float = TICK_S,
     ) -> None:
         self._link = link
         self._clock = clock
         self._name = name
         self._ping = ping
         self._changed = changed
+        self._tick_s = tick_s
         self._partition = Partition(settings, clock.monotonic())
         self._probes: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
@@ -79,7 +81,7 @@ class Hop:
                 now = self._clock.monotonic()
                 self._obey(self._partition.session(up=self._link.connected, now=now))
                 self._obey(self._partition.tick(now))
-                await asyncio.sleep(TICK_S)
+                await asyncio.sleep(self._tick_s)
         finally:
             for probe in self._probes:
                 probe.cancel()

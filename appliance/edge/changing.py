@@ -47,7 +47,7 @@ class Corridor:
 
 
 class Changing:
-    """Which releases are known, which serve, and the one at work."""
+    """Which releases are known, which serve, and the one at work. `split`: feature extractors (mode D) are pulled too."""
 
     def __init__(
         self,
@@ -60,7 +60,9 @@ class Changing:
         tell: Callable[[str, dict[str, str]], Awaitable[None]],
         region: str,
         device: str,
+        split: bool = False,
     ) -> None:
+        self._split = split
         self._link = link
         self._clock = clock
         self._corridor = corridor
@@ -157,7 +159,7 @@ class Changing:
         admitted = self._fence().admit(manifest.model_id, manifest.token, fingerprint(manifest))
         self._check_memory(manifest)
         offered = {Mode.FULL: manifest.compiled_artifacts} | {
-            mode: variant.compiled_artifacts for mode, variant in manifest.variants.items() if mode is not Mode.CLOUD
+            mode: variant.compiled_artifacts for mode, variant in manifest.variants.items() if mode is not Mode.CLOUD or self._split
         }
         chosen = {mode: _choose(artifacts, manifest.model_id) for mode, artifacts in sorted(offered.items())}
         await asyncio.to_thread(self._corridor.depot.save, FENCE_FILE, admitted.pack())

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -39,14 +40,17 @@ from appliance.edge.changing import Changing, Corridor
 from appliance.edge.deferring import Deferring
 from appliance.edge.guarding import Guarding
 from appliance.edge.lane import Hands, Pool
+from appliance.edge.lending import Lending
 from appliance.edge.reaching import Reaching
 from appliance.edge.renewing import Renewing
+from appliance.edge.routing import Routing
 from appliance.edge.serving import Serving
 from appliance.edge.settings import Edge
+from appliance.edge.splitting import Splitting
 from appliance.edge.stand import Policy
 from appliance.edge.tally import Tally
 from appliance.edge.trusting import Trusting
-from appliance.edge.upstream import CloudRoute
+from appliance.edge.upstream import CloudRoute, NeighbourRoute
 from appliance.ports import Board
 
 More = Callable[[Delivering], Mapping[str, Loop]]
@@ -88,6 +92,8 @@ class _Device:
     reaching: Reaching
     deferring: Deferring
     upstream: CloudRoute | None
+    neighbour: NeighbourRoute | None
+    routing: Routing | None
 
     def __init__(self, settings: Edge, stack: contextlib.AsyncExitStack, more: More) -> None:
         self.settings = settings
@@ -122,6 +128,7 @@ class _Device:
             "reaching": self.reaching,
             "delivering": delivering,
             "deferring": self.deferring,
+            **({"routing": self.routing} if self.routing else {}),
             **self.more(delivering),
         }
         return Life(self.clock, loops, self.link, self.serving, self.reaching, ingress)
@@ -166,16 +173,14 @@ class _Device:
             settings=PartitionSettings(interval_s=reach.heartbeat_s),
             changed=lambda state, _why: self.meter.link("region", state),
         )
-        route = CloudRoute(
-            self.link,
-            self.clock,
-            region=self.region,
-            device=self.device,
-            deadline_s=reach.cloud_deadline_ms / 1e3,
-            state=lambda: self.hop.whole,
-            version=lambda model: self.serving.versions().get(model, ""),
-        )
-        self.upstream = route if reach.cloud else None
+        place: dict[str, Any] = {
+            "region": self.region,
+            "device": self.device,
+            "deadline_s": reach.cloud_deadline_ms / 1e3,
+            "version": lambda model: self.serving.versions().get(model, ""),
+        }
+        self.upstream = CloudRoute(self.link, self.clock, state=lambda: self.hop.whole, **place) if reach.cloud else None
+        self.neighbour = NeighbourRoute(self.link, self.clock, state=lambda: self.hop.state, **place) if reach.neighbours else None
         return Delivering(
             self.link,
             self.clock,
@@ -198,13 +203,35 @@ class _Device:
             calm=lambda: self.serving.ready() and self.serving.roomy(),
             told=self._dropped,
         )
+        self.routing = self._route(hands)
         self.serving = Serving(
             hands,
             policy,
             timeout_s=settings.batch_deadline_s,
             stale_bytes=settings.stale_mib << 20,
-            upstream=self.upstream,
+            upstream=self.routing,
+            routing=self.routing,
+            neighbour=self.neighbour,
             promise=self.deferring.promise,
+        )
+
+    def _route(self, hands: Hands) -> Routing | None:
+        """Who weighs the cloud against this device, and the window for neighbours."""
+        reach, name = self.settings.reach, {"region": self.region, "device": self.device}
+        if reach.neighbours:
+            Lending(self.link, self.clock, self._answer, dollars_per_hour=reach.dollars_per_hour, **name)
+        if self.upstream is None:
+            return None
+        return Routing(
+            self.link,
+            self.clock,
+            self.upstream,
+            Splitting(hands),
+            lambda: self.serving.stands,
+            region=self.region,
+            device_per_h=reach.dollars_per_hour,
+            slo_s=hands.slo_s,
+            deadline_s=reach.cloud_deadline_ms / 1e3,
         )
 
     async def _trust(self, board: Board) -> tuple[Trusting, Changing]:
@@ -228,7 +255,15 @@ class _Device:
         root = await asyncio.to_thread(opening.read, Path(settings.tuf_root), "trust.tuf_root")
         corridor = Corridor(TrustedMetadata(self.state / "metadata", root), depot, Sealed(), board)
         changing = Changing(
-            self.link, self.clock, corridor, trusting, self.serving, tell=self.reaching.tell, region=self.region, device=self.device
+            self.link,
+            self.clock,
+            corridor,
+            trusting,
+            self.serving,
+            tell=self.reaching.tell,
+            region=self.region,
+            device=self.device,
+            split=reach.cloud,
         )
         return trusting, changing
 
@@ -254,8 +289,11 @@ class _Device:
         return await self.serving.answer(request)
 
     def _status(self) -> dict[str, object]:
-        """What `GET /status` says: the vitals, and how long batches take here."""
-        return {**msgspec.to_builtins(self.reaching.vitals()), "profile": self.serving.profiles(), "trust": self.serving.hint()}
+        """What `GET /status` says: the vitals, how long batches take here, and for how long this device can still prove who it is."""
+        left_s = self.link.identity_left_s
+        identity = {"ready": left_s > 0, "left_s": round(left_s, 1)}
+        vitals = msgspec.to_builtins(self.reaching.vitals())
+        return {**vitals, "profile": self.serving.profiles(), "trust": self.serving.hint(), "identity": identity}
 
     def _renewing(self) -> Renewing:
         """The loop that replaces fragmented inference processes."""
@@ -288,6 +326,7 @@ async def _live(life: Life, settings: Edge, notifier: ServiceManager, stop: asyn
     log = structlog.get_logger()
     pulse = Pulse(life.clock, notifier, stalled_s=settings.watchdog.stalled_s)
     life.reaching.say = notifier.status
+    life.reaching.expired = lambda: life.link.identity_left_s <= 0
     async with asyncio.TaskGroup() as group:
         tasks = [
             *(group.create_task(loop.run(functools.partial(pulse.moved, name)), name=name) for name, loop in life.loops.items()),

@@ -39,13 +39,16 @@ class Deferring:
         compute: Callable[[Request], Awaitable[Answer]],
         calm: Callable[[], bool],
         told: Callable[[Dropped], None],
+        chance: random.Random | None = None,
+        tick_s: float = TICK_S,
     ) -> None:
         self._outbox = outbox
         self._policy = policies[Kind.REQUEST]
         self._compute = compute
         self._calm = calm
         self._told = told
-        self._chance = random.Random()  # noqa: S311 - jitter, not a secret
+        self._tick_s = tick_s
+        self._chance = chance or random.Random()  # noqa: S311 - jitter, not a secret
         self._log = structlog.get_logger()
 
     async def promise(self, request: Request, why: ApplianceError) -> Promise:
@@ -90,7 +93,7 @@ class Deferring:
         while True:
             moved()
             if not (self._calm() and await self._one()):
-                await asyncio.sleep(TICK_S)
+                await asyncio.sleep(self._tick_s)
 
     async def _one(self) -> bool:
         """Take one request and compute it; False if there was none."""
@@ -101,8 +104,12 @@ class Deferring:
             return False
         for each in taken.dropped:
             self._told(each)
-        for leased in taken.items:
-            await self._computed(leased)
+        try:
+            for leased in taken.items:
+                await self._computed(leased)
+        except WorldError as error:  # its lease ends by itself, and then it is computed again
+            self._log.warning("outcome_not_kept", reason=error.reason, what=str(error))
+            return False
         return bool(taken.items)
 
     async def _computed(self, leased: Leased) -> None:

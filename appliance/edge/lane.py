@@ -94,11 +94,16 @@ class Hands:
 
 
 class Lane:
-    """The waiting and running requests of one loaded form. `why` says, in each answer, why this mode answers."""
+    """The waiting and running requests of one loaded form. `why` says, in each answer, why this mode answers, `here` why this device does.
+
+    `cost`: dollars for one sample; None where nobody prices it.
+    """
 
     def __init__(self, mounted: Mounted, hands: Hands, *, limit: int, profile: Profile, why: str) -> None:
         self.mounted = mounted
         self.why = why
+        self.here = ""
+        self.cost: float | None = None
         self.running = 0
         self.backlog: Backlog[Waiting] = Backlog(limit)
         self.thermal = ThermalLimit(limit, hands.slo_s / 2)
@@ -106,7 +111,9 @@ class Lane:
         self._hands = hands
         self._profile = profile
         self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = inf
         self._gathering = False
+        self._slo_s = inf
         self._repace()
         hands.pool.lanes[self] = None
 
@@ -118,6 +125,8 @@ class Lane:
     async def infer(self, request: Request, arrived: float, deadline: float, *, held: bool = False) -> Answer:
         """Answer one request by its deadline, or refuse it at once; `held`: it was kept back once already.
 
+        A caller that names no time is refused where the device's SLO would be missed, unless the model alone takes more than half of it.
+
         Raises: TheirsError (malformed family), WorldError (`backlog_full`, `deadline`, `worker_lost`).
         """
         check(request, self.mounted.signature, self.backlog.max_batch)
@@ -127,8 +136,9 @@ class Lane:
             waiting,
             arrived,
             deadline=deadline,
+            slo=inf if request.tags.timeout_s else arrived + self._slo_s,
             size=first.shape[0] if self.mounted.batchable else 1,
-            shape=_shape(request.inputs),
+            shape=tuple([request.inputs[spec.name].shape[1:] for spec in self.mounted.signature.inputs]),
             priority=request.tags.priority,
             caller=request.caller,
         )
@@ -158,9 +168,12 @@ class Lane:
     def _gather(self) -> None:
         """Pump once all callers that the loop heard in this round have been admitted: microseconds later, and they share a batch.
 
-        A whole batch need not wait for the rest of the round, which would find the places taken.
+        A whole batch need not wait for the rest of the round, which would find the places taken. Without an idle worker nothing starts
+        before one returns, which pumps: until then only somebody's time can be over.
         """
-        if self.backlog.waiting >= self.backlog.max_batch:
+        if self._hands.pool.busy >= self._hands.pool.size:
+            self._ring_by(self.backlog.deadline() or inf, self._hands.clock.monotonic())
+        elif self.backlog.waiting >= self.backlog.max_batch:
             self.pump()
         elif not self._gathering:
             self._gathering = True
@@ -182,7 +195,7 @@ class Lane:
             self.running += 1
             pool.busy += 1
             pool.spawn(self._run(decision))
-        self._set_timer(min(until, self.backlog.deadline() or inf), now)
+        self._ring_by(min(until, self.backlog.deadline() or inf), now)
 
     async def warm(self, shapes: Mapping[str, Sequence[int]], *, thorough: bool) -> None:
         """Run synthetic samples before anybody waits, so that the first caller pays for nothing and the profile rests on measurement.
@@ -193,12 +206,11 @@ class Lane:
         sizes = self._profile.warmup_batches() if thorough else self._profile.warmup_batches()[:1]
         signature = self.mounted.signature
         shapes = {spec.name: shapes.get(spec.name, spec.shape[1:]) for spec in signature.inputs}
-        for size in sizes if self._fits(shapes) else ():
+        for size in WARM_RUNS * sizes if self._fits(shapes) else ():  # in turns: a bad moment of the machine is no one size's
             inputs = {spec.name: _zeros(spec, (size, *shapes[spec.name])) for spec in signature.inputs}
-            for _ in range(WARM_RUNS):
-                started = self._hands.clock.monotonic()
-                await self._hands.engine.run(self.mounted.key, inputs, ())
-                self._learn(size, started)
+            started = self._hands.clock.monotonic()
+            await self._hands.engine.run(self.mounted.key, inputs, ())
+            self._learn(size, started)
         self._repace()
 
     async def retire(self) -> None:
@@ -220,12 +232,20 @@ class Lane:
         inputs = self.mounted.signature.inputs
         return self.mounted.batchable and all(_fit(shapes[spec.name], spec.shape[1:]) for spec in inputs)
 
-    def _set_timer(self, at: float, now: float) -> None:
+    def _ring_by(self, at: float, now: float) -> None:
+        """Pump at `at`; a timer that rings earlier stays, and sets the next one: most requests cost no timer."""
         if self._timer is not None:
+            if self._rings_at <= at:
+                return
             self._timer.cancel()
             self._timer = None
         if at != inf:
-            self._timer = asyncio.get_running_loop().call_later(max(at - now, 0.0), self.pump)
+            self._rings_at = at
+            self._timer = asyncio.get_running_loop().call_later(max(at - now, 0.0), self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self.pump()
 
     async def _run(self, batch: Dispatch[Waiting]) -> None:
         """Run one batch and tell every caller, whatever happens."""
@@ -257,18 +277,22 @@ class Lane:
             self._repace()
 
     def _repace(self) -> None:
-        self.backlog.pace = self._profile.pace(self.mounted.mode, self._hands.slo_s, self._hands.pool.size)
+        slo_s = self._hands.slo_s
+        pace = self.backlog.pace = self._profile.pace(self.mounted.mode, slo_s, self._hands.pool.size)
+        self._slo_s = slo_s if pace is not None and pace.seconds(1) <= slo_s / 2 else inf
 
     def _tell(self, batch: Dispatch[Waiting], outputs: Mapping[str, Array]) -> None:
-        start, mounted = 0, self.mounted
+        start, mounted, cost = 0, self.mounted, self.cost
+        why = f"{self.why}; {self.here}" if self.here else self.why
         for entry in batch.entries:
             request, stop = entry.item.request, start + entry.size
             wanted = request.outputs or tuple(outputs)
             parts = {name: outputs[name][start:stop] if mounted.batchable else outputs[name] for name in wanted}
             start = stop
             if not entry.item.answer.done():
+                spent = None if cost is None else cost * entry.size
                 entry.item.answer.set_result(
-                    Answer(request.id, request.model, mounted.manifest.version, parts, mounted.mode, self.why, mounted.confidence)
+                    Answer(request.id, request.model, mounted.manifest.version, parts, mounted.mode, why, mounted.confidence, "edge", spent)
                 )
 
 
@@ -305,10 +329,6 @@ def _free(spec: TensorSpec) -> TensorSpec:
 def _rank(lane: Lane) -> float:
     head = lane.backlog.head()
     return inf if head is None else head.rank
-
-
-def _shape(inputs: Mapping[str, Array]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
-    return tuple(sorted((name, array.shape[1:], array.dtype.str) for name, array in inputs.items()))
 
 
 def _fit(shape: Sequence[int], wanted: Sequence[int]) -> bool:

@@ -55,6 +55,7 @@ class Reaching:
         self._event_seq = 0
         self._log = structlog.get_logger()
         self.say: Callable[[str], None] = lambda _text: None
+        self.expired: Callable[[], bool] = lambda: False
         self._said = ""
 
     def vitals(self) -> Vitals:
@@ -83,6 +84,7 @@ class Reaching:
             rotations=self._link.rotations,
             modes={stand.name: stand.mode for stand in self._serving.stands},
             why=max(((stand.mode, stand.why) for stand in self._serving.stands), default=("", ""))[1],
+            capacity=self._serving.capacity(),
         )
 
     def _reading(self) -> BoardReading:
@@ -127,6 +129,8 @@ class Reaching:
             if models
             else f"{self._serving.why_not_ready()}, link {self._state()}"
         )
+        if self.expired():
+            text += ", identity expired"
         if text != self._said:
             self.say(text)
             self._said = text

@@ -1,11 +1,12 @@
 """Serving: the desk behind the ingress. It finds the model, the mode and the place for a request, and tells every caller.
 
-Where this device cannot answer in time, a request goes on by its tags: to a lesser mode that is loaded, to the cloud, to an older answer.
+Where routing finds a better place beyond this device, it is tried first. Where this device cannot answer in time, a request goes on by its tags: to a lesser mode
+that is loaded, to a neighbour, to the cloud, to an older answer.
 """
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 import structlog
 
@@ -13,8 +14,11 @@ from appliance.contract.errors import ApplianceError, OursError, TheirsError, Wo
 from appliance.contract.inference import Answer, Promise, Request
 from appliance.contract.models import Manifest
 from appliance.contract.vocabulary import Mode, Outcome
+from appliance.core.reach.affinity import Place
+from appliance.core.reach.routing import Decision
 from appliance.core.serve.fallback import Fallback
 from appliance.edge.lane import Hands, Lane
+from appliance.edge.routing import ANYWHERE, Routing
 from appliance.edge.stand import Form, Policy, Stand
 from appliance.ports import ModelCard, Upstream
 
@@ -23,6 +27,9 @@ MOVABLE = frozenset({"backlog_full", "deadline", "degraded", "worker_lost"})
 """Refusals after which another place may still answer."""
 DEFERRABLE = MOVABLE | {"not_ready", "partitioned", "unknown_model"}
 """Refusals after which a promise makes sense: what is missing (room, a version, the network) may come."""
+OVERLOADED = frozenset({"backlog_full", "deadline"})
+"""Refusals of this device's own queue, after which a neighbour is asked."""
+BEYOND = frozenset({Place.SPLIT, Place.CLOUD})
 SLO_STRETCH = 1.5
 """An answer may take so many times the SLO that a caller named, where it set no time-out (issue 5: EDGE_CONSTRAINED)."""
 
@@ -41,12 +48,16 @@ class Serving:
         timeout_s: float,
         stale_bytes: int = 0,
         upstream: Upstream | None = None,
+        routing: Routing | None = None,
+        neighbour: Upstream | None = None,
         promise: Callable[[Request, ApplianceError], Awaitable[Promise]] | None = None,
     ) -> None:
         self._hands = hands
         self._policy = policy
         self._timeout_s = timeout_s
         self._upstream = upstream
+        self._routing = routing
+        self._neighbour = neighbour
         self._promise = promise
         self._stale: Fallback[Answer] = Fallback(stale_bytes)
         self._stands: dict[str, Stand] = {}
@@ -143,6 +154,11 @@ class Serving:
         """How long batches of each model take here, in words."""
         return {name: stand.profile.explain() for name, stand in self._stands.items() if stand.profile}
 
+    def capacity(self) -> dict[str, float]:
+        """What can be answered of each model here now, in samples a second; 0 in mode D, nothing where nothing is known."""
+        speeds = {name: 0.0 if stand.mode is Mode.CLOUD else stand.speed() for name, stand in self._stands.items()}
+        return {name: speed if isinstance(speed, float) else speed.per_s for name, speed in speeds.items() if speed is not None}
+
     def versions(self) -> Mapping[str, str]:
         """The mounted version of each model."""
         return {name: stand.manifest.version for name, stand in self._stands.items()}
@@ -204,12 +220,19 @@ class Serving:
         return answer
 
     async def _fresh(self, stand: Stand, request: Request, arrived: float) -> Answer:
-        """Answer here, or go on to the cloud where that is allowed."""
-        tags = request.tags
+        """Answer where routing says, or here, or go on to where that is allowed."""
+        tags, routing, places = request.tags, self._routing, ANYWHERE
         wall_s = tags.timeout_s or (tags.slo_s * SLO_STRETCH if tags.slo_s else self._timeout_s)
         deadline = arrived + min(wall_s, self._timeout_s)
+        if routing is not None:
+            chosen = routing.choose(stand, request)
+            answer = await self._taken(routing, chosen, stand, request, deadline) if chosen is not None else None
+            if answer is not None:
+                return answer
+            places = ANYWHERE if tags.max_cost is None else routing.affordable(stand, request)
+            places = places if chosen is None else places - BEYOND
         failed: ApplianceError | None = None
-        for lane in stand.places(tags):
+        for lane in stand.places(tags) if Place.EDGE in places else ():
             try:
                 return await lane.infer(request, arrived, deadline)
             except WorldError as error:
@@ -217,10 +240,30 @@ class Serving:
                 if error.reason not in MOVABLE:
                     raise
         stand.refused += failed is not None and failed.reason == "backlog_full"
+        return await self._elsewhere(request, deadline, failed or (_lesser(stand) if Place.EDGE in places else _costly(request)), places)
+
+    async def _taken(self, routing: Routing, chosen: Decision, stand: Stand, request: Request, deadline: float) -> Answer | None:
+        """The answer of the chosen route; None if it failed, and this device should go on by itself."""
+        try:
+            return await routing.take(chosen, stand, request, deadline - self._hands.clock.monotonic())
+        except (TheirsError, WorldError) as error:
+            self._log.debug("route_failed", model=stand.name, route=chosen.route, reason=error.reason)
+            return None
+
+    async def _elsewhere(self, request: Request, deadline: float, failed: ApplianceError, places: Collection[Place]) -> Answer:
+        """Go on to a neighbour where this device is full, then to the cloud; `failed` is why it could not be answered here."""
+        tags, neighbour, upstream = request.tags, self._neighbour, self._upstream
         left = deadline - self._hands.clock.monotonic()
-        if self._upstream is not None and left > 0 and self._upstream.allows(tags):
-            return await self._upstream.infer(request, left)
-        raise failed or _lesser(stand)
+        full = failed.reason in OVERLOADED and Place.NEIGHBOUR in places
+        if neighbour is not None and full and left > 0 and neighbour.allows(tags):
+            try:
+                return await neighbour.infer(request, left)
+            except (TheirsError, WorldError) as error:
+                self._log.debug("neighbour_failed", model=request.model, reason=error.reason)
+            left = deadline - self._hands.clock.monotonic()
+        if upstream is not None and left > 0 and not BEYOND.isdisjoint(places) and upstream.allows(tags):
+            return await upstream.infer(request, left)
+        raise failed
 
     def _find(self, model: str, version: str) -> Stand:
         stand = self._stands.get(model)
@@ -274,6 +317,12 @@ def _lesser(stand: Stand) -> WorldError:
         )
     what = f"{stand.name} is served in mode {stand.mode} now ({stand.why})"
     return WorldError("degraded", what, remedy="accept degradation, or ask later", retry_after_s=5.0)
+
+
+def _costly(request: Request) -> WorldError:
+    """Nothing that is within the caller's limit can answer now."""
+    what = f"no place answers for {request.tags.max_cost} dollars at most now"
+    return WorldError("degraded", what, where=request.model, remedy="allow more, or ask later", retry_after_s=30.0)
 
 
 def _outcome(error: ApplianceError) -> Outcome:

@@ -80,6 +80,15 @@ class Reach(Section, frozen=True, kw_only=True):
     cloud_deadline_ms: Annotated[
         float, Meta(ge=1, le=60_000, description="Longest wait for the cloud's answer, round trip included, in milliseconds")
     ] = 150.0
+    neighbours: Annotated[
+        bool,
+        Meta(
+            description="Whether a full device asks its region for a neighbour, and answers for neighbours; a request's tags may forbid it"
+        ),
+    ] = True
+    dollars_per_hour: Annotated[
+        float, Meta(ge=0, le=1_000, description="What this device costs an hour, purchase and power: weighed against the cloud's price")
+    ] = 0.1
 
 
 class Trust(Section, frozen=True, kw_only=True):

@@ -51,14 +51,23 @@ class Flow(NamedTuple):
     refused: int = 0
 
 
+class Speed(NamedTuple):
+    """How fast a model is answered here now: seconds for one sample without a queue, samples a second at most, seconds of what waits."""
+
+    one_s: float
+    per_s: float
+    queue_s: float
+
+
 class Stand:
-    """One model. `forms` has at least mode A; mode D needs none, it is the cloud's."""
+    """One model. `forms` has at least mode A; mode D's, if it is there, is the `extractor` of features, which answers nobody by itself."""
 
     def __init__(self, manifest: Manifest, forms: Mapping[Mode, Form], hands: Hands, policy: Policy, *, cloud: bool) -> None:
         self.manifest = manifest
-        self.forms = forms
+        self.forms: Mapping[Mode, Form] = {mode: form for mode, form in forms.items() if mode is not Mode.CLOUD}
+        self.extractor = forms.get(Mode.CLOUD)
         self.lanes: dict[Mode, Lane] = {}
-        self.mode = min(forms)
+        self.mode: Mode = min(self.forms)
         self.why = AT_REST
         self.gauges = Gauges()
         self.degradation = Degradation({*forms, *([Mode.CLOUD] if cloud else [])}, policy.times)
@@ -82,6 +91,15 @@ class Stand:
         for mode in sorted(self.lanes):
             if mode >= self.mode and (mode is Mode.FULL or tags.accept_degradation):
                 yield self.lanes[mode]
+
+    def speed(self) -> Speed | None:
+        """How fast the present mode answers, by measurement; None if nothing local serves, or nothing is known of it."""
+        lane = self.lanes.get(self.mode)
+        pace = lane.backlog.pace if lane is not None else None
+        if lane is None or pace is None:
+            return None
+        per_s = pace.batch * pace.workers / pace.seconds(pace.batch)
+        return Speed(pace.seconds(1), per_s, lane.backlog.waiting / per_s)
 
     def flow(self) -> Flow:
         """What came and was refused since the last call."""

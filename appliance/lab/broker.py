@@ -1,27 +1,54 @@
 """A region's mosquitto for the lab: its configuration, its permissions, and its SVID in memory.
 
-1. Identity is the SVID: mTLS 1.3 only, the common name becomes user and client id, whatever the client claims (facts: a stolen client id
-   is replaced by the thief's own). The common name is trustworthy because one authority issues it (contract/identities.py).
+1. Identity is the SVID: mTLS 1.3 only, and `svid_gate.c`, a plugin that is compiled here, makes the URI of the certificate the user, refuses
+   a client id that is not its own, ends a connection whose SVID has expired, and puts those that the region has cut off
+   (regional/cutting.py) under the user `quarantined`, who may only enrol and attest (docs/decisions/0023).
 2. A device may write only below its own `up/` and read only its own `dn/` and the region's `bcast/`; the region and the cloud may do what
    contract/topics.py says of them, nothing else. Whatever is not allowed is denied.
 3. The key never becomes a file: chain and key lie in a memfd that mosquitto inherits and reads as `/proc/self/fd/N`, at its start and again
    at each SIGHUP (also after it changed its user: a process may always open its own descriptors). Started as root it stays root, because the
    lab's state directory is root's then; production runs it as a user of its own from the start.
-4. PUBACK is not durability: after kill -9 the broker knows what it wrote last, at most `autosave_s` ago (docs/decisions/0004).
+4. Roots lie in a hash directory, which mosquitto looks into at each handshake: a new one is trusted at once, and nobody is disconnected. An
+   old one stays trusted until mosquitto is restarted.
+5. PUBACK is not durability: after kill -9 the broker knows what it wrote last, at most `autosave_s` ago (docs/decisions/0004).
 """
 
+import functools
 import os
+import re
 import signal
+import subprocess
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from appliance.contract import identities
+from appliance.contract import identities, topics
 from appliance.contract.errors import WorldError
-from appliance.lab.authority import Svid
+from appliance.lab.issuing import Credential
+from appliance.regional.cutting import CONTROL
 
 MAX_PACKET_BYTES = 4_200_000
 """The largest inference frame (`contract.remote`), its topic and its properties; a `Release` has at most 1 MiB."""
+
+_TRUST = (topics.enrol, topics.prove, topics.challenge, topics.attest)
+"""What a device may ask that has been cut off: this is how it comes back."""
+
+
+@functools.cache
+def compiled() -> bytes:
+    """The plugin `svid_gate.c` as a shared library. Raises: WorldError (`cc`)."""
+    source = Path(__file__).with_name("svid_gate.c")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "svid_gate.so"
+        command = ["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(source), "-lcrypto"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise WorldError("cc", f"no C compiler: {error}", where=str(source), remedy="apt-get install gcc libssl-dev") from error
+        if done.returncode:
+            raise WorldError("cc", done.stderr.strip()[-500:], where=str(source), remedy="apt-get install gcc libc6-dev libssl-dev")
+        return library.read_bytes()
 
 
 class Broker:
@@ -43,7 +70,7 @@ class Broker:
         *,
         region: str,
         root_pem: bytes,
-        issue: Callable[[], Svid],
+        issue: Callable[[], Credential],
         host: str = "127.0.0.1",
         autosave_s: int = 5,
     ) -> None:
@@ -64,16 +91,17 @@ class Broker:
         return (self._memory,)
 
     def prepare(self) -> None:
-        """Write configuration, permissions and trust bundle, and fetch the SVID. Raises: WorldError (`disk`, `workload_api`)."""
+        """Write configuration, permissions, plugin and trust bundle, and fetch the SVID. Raises: WorldError (`disk`, `cc`, `workload_api`)."""
         try:
             (self._state / "store").mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self._state / "root.pem").write_bytes(self._root_pem)
+            (self._state / "svid_gate.so").write_bytes(compiled())
             (self._state / "mosquitto.conf").write_text(self.config())
             (self._state / "acl").write_text(self.permissions())
             for name in ("mosquitto.conf", "acl"):
                 (self._state / name).chmod(0o600)
         except OSError as error:
             raise WorldError("disk", f"cannot write the broker's configuration: {error}", where=str(self._state)) from error
+        self.trust(self._root_pem)
         self._load()
 
     def command(self) -> list[str]:
@@ -86,6 +114,21 @@ class Broker:
         with suppress(ProcessLookupError):  # it died meanwhile: whoever restarts it gives it the new SVID
             os.kill(process_pid, signal.SIGHUP)
 
+    def trust(self, pem: bytes) -> None:
+        """Trust more roots, from the next handshake on; live clients notice nothing. Raises: WorldError (`disk`)."""
+        folder = self._state / "roots"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            for root in re.findall(
+                rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", pem, re.DOTALL
+            ):  # rehash reads one in each file
+                (folder / f"root-{len(list(folder.glob('*.pem')))}.pem").write_bytes(root + b"\n")
+            done = subprocess.run(["openssl", "rehash", str(folder)], capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise WorldError("disk", f"cannot write the broker's roots: {error}", where=str(folder)) from error
+        if done.returncode:
+            raise WorldError("disk", f"openssl rehash: {done.stderr.strip()}", where=str(folder))
+
     def close(self) -> None:
         """Give the memory back; the broker process keeps its own descriptor until it ends."""
         os.close(self._memory)
@@ -94,15 +137,18 @@ class Broker:
         """Return mosquitto.conf (mosquitto 2.0.11 or newer; every limit is from the measurements behind docs/decisions/0003)."""
         own = f"/proc/self/fd/{self._memory}"
         user = "user root\n" if os.geteuid() == 0 else ""
+        region = self._region
         return f"""\
 {user}listener {self._port} {self._host}
-cafile {self._state / "root.pem"}
+capath {self._state / "roots"}
 certfile {own}
 keyfile {own}
 tls_version tlsv1.3
 require_certificate true
-use_identity_as_username true
-use_username_as_clientid true
+plugin {self._state / "svid_gate.so"}
+plugin_opt_devices {identities.device(region, "x")[:-1]}
+plugin_opt_as_{identities.region_user(region)} {identities.aggregator(region)}
+plugin_opt_as_{identities.CLOUD} {identities.cloud()}
 allow_anonymous false
 acl_file {self._state / "acl"}
 set_tcp_nodelay true
@@ -110,7 +156,6 @@ max_connections -1
 persistence true
 persistence_location {self._state / "store"}/
 autosave_interval {self._autosave_s}
-persistent_client_expiration 7d
 max_inflight_messages 20
 max_inflight_bytes 8388608
 max_queued_messages 1000
@@ -124,14 +169,24 @@ log_type notice
 """
 
     def permissions(self) -> str:
-        """Return the ACL file; `%u` is the name that the SVID proves. `bcast` is a pattern only because a pattern applies to everyone."""
+        """Return the ACL file; `%u` is the user, `%c` the name that the SVID proves: they differ for those that are cut off.
+
+        `bcast` is a pattern only because a pattern applies to everyone.
+        """
         region = f"v1/{self._region}"
+        trust = "".join(f"pattern write {word(self._region, '%c')}\n" for word in _TRUST)
         return f"""\
+{trust}pattern read {topics.answer(self._region, "%c")}
 pattern write {region}/d/%u/up/#
 pattern read {region}/d/%u/dn/#
 pattern read {region}/bcast/#
 
+user {identities.QUARANTINED}
+topic deny {region}/bcast/#
+topic deny {region}/d/{identities.QUARANTINED}/#
+
 user {identities.region_user(self._region)}
+topic write {CONTROL}
 topic read {region}/d/+/up/#
 topic write {region}/d/+/dn/#
 topic write {region}/bcast/#

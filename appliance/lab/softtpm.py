@@ -84,15 +84,15 @@ def free_port() -> int:
     raise WorldError("ports", "found no two neighbouring free ports", where=_HOST)
 
 
-def command(state: Path, port: int) -> list[str]:
-    """The process that runs the TPM of `state` on `port` and `port + 1`; SIGTERM ends it. Each start is a TPM reset."""
-    listen = ["--server", f"type=tcp,port={port},bindaddr={_HOST}", "--ctrl", f"type=tcp,port={port + 1},bindaddr={_HOST}"]
+def command(state: Path, port: int, host: str = _HOST) -> list[str]:
+    """The process that runs the TPM of `state` on `port` and `port + 1` of `host`; SIGTERM ends it. Each start is a TPM reset."""
+    listen = ["--server", f"type=tcp,port={port},bindaddr={host}", "--ctrl", f"type=tcp,port={port + 1},bindaddr={host}"]
     return ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state / 'tpm'}", *listen, "--flags", "not-need-init,startup-clear"]
 
 
-def tcti(port: int) -> str:
+def tcti(port: int, host: str = _HOST) -> str:
     """How the TSS reaches the TPM on `port`."""
-    return f"swtpm:host={_HOST},port={port}"
+    return f"swtpm:host={host},port={port}"
 
 
 async def measured_boot(tpm: Extendable, what: str, *, pcrs: Sequence[int] = BOOT_PCRS) -> None:

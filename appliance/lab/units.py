@@ -44,6 +44,8 @@ class Unit:
         self._task: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._stopping = False
+        self._free = asyncio.Event()
+        self._free.set()
         self._notify = notify
         self._address = str(folder / f"{name}.notify")
         self._socket: socket.socket | None = None
@@ -98,6 +100,15 @@ class Unit:
         if self.pid is not None:
             os.kill(self.pid, signal.SIGKILL)
 
+    def hold(self) -> None:
+        """SIGKILL now, and no start before `release`."""
+        self._free.clear()
+        self.kill()
+
+    def release(self) -> None:
+        """Let it be started again."""
+        self._free.set()
+
     async def _supervise(self) -> None:
         loop = asyncio.get_running_loop()
         failures = 0
@@ -108,6 +119,7 @@ class Unit:
             if not self._stopping:
                 self._ready.clear()
                 await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
+                await self._free.wait()
 
     async def _live(self) -> None:
         environment = {**os.environ, **self._environment}

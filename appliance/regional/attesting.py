@@ -3,7 +3,8 @@
 The decisions are core.trust's; here are the records (one file for each device, written before the answer), the keys and the link. The
 name of a device is the one that the broker's ACL let it publish under, so it is the name that its SVID proves.
 
-A device is revoked while a file `revoked-DEVICE` lies beside its record; its first line says why. It takes effect at the device's next proof.
+A device is revoked while a file `revoked-DEVICE` lies beside its record; its first line says why. It takes effect at the device's next proof,
+and the broker cuts the device off as soon as `cutting` has seen it.
 """
 
 import asyncio
@@ -54,7 +55,10 @@ class Authorities:
 
 
 class Attesting:
-    """The region's side of trust. `keys`: data keys by container hash, as the relay has got them; `online_only`: those that no lease opens."""
+    """The region's side of trust. `keys`: data keys by container hash, as the relay has got them; `online_only`: those that no lease opens.
+
+    `judged` hears how each exchange ended: device, what it asked, and the reason of a refusal or nothing.
+    """
 
     def __init__(
         self,
@@ -67,7 +71,9 @@ class Attesting:
         chance: Chance,
         region: str,
         online_only: Container[str] = frozenset(),
+        judged: Callable[[str, str, str], None] = lambda _device, _asked, _refused: None,
     ) -> None:
+        self._judged = judged
         self._online_only = online_only
         self._delegated: dict[str, tuple[bytes, Delegation]] = {}
         self._delegated_leases: dict[str, tuple[bytes, int, Delegation]] = {}
@@ -97,10 +103,14 @@ class Attesting:
             device = inbound.topic.split("/")[3]
             try:
                 async with self._locks.setdefault(device, asyncio.Lock()):  # a nonce is spent once, also by two at the same time
-                    return encode(await asyncio.to_thread(answer, device, inbound.payload))
+                    answered = encode(await asyncio.to_thread(answer, device, inbound.payload))
             except TheirsError as error:
+                self._judged(device, word, error.reason)
                 self._log.warning("device_refused", device=device, asked=word, reason=error.reason, what=str(error))
                 raise
+            else:
+                self._judged(device, word, "")
+                return answered
 
         return serve
 

@@ -25,7 +25,9 @@ from appliance.daily.pulse import Loop, Pulse
 from appliance.daily.service import serve
 from appliance.regional import opening
 from appliance.regional.attesting import Attesting, Authorities
+from appliance.regional.cutting import Cutting
 from appliance.regional.gathering import Gathering
+from appliance.regional.placing import Placing
 from appliance.regional.receiving import Receiving
 from appliance.regional.relaying import Relaying
 from appliance.regional.settings import Region
@@ -74,15 +76,18 @@ async def _loops(
     root = await asyncio.to_thread(opening.read, Path(settings.trust.tuf_root), "trust.tuf_root")
     metadata, secret = TrustedMetadata(state / "metadata", root), secrets.token_bytes(opening.SECRET_BYTES)
     relaying = Relaying(link, clock, Depot(state / "depot"), metadata, region=name, secret=secret, ask_timeout_s=reach.ask_timeout_s)
+    records = Depot(state / "devices")
+    cutting = Cutting(link, clock, records)
     Attesting(
         link,
         clock,
-        Depot(state / "devices"),
+        records,
         authorities,
         relaying.keys,
         chance=secrets.token_bytes,
         region=name,
         online_only=relaying.online_only,
+        judged=cutting.judged,
     )
     hop = Hop(
         link,
@@ -95,4 +100,7 @@ async def _loops(
     )
     inbox = await stack.enter_async_context(Store(state / "inbox", Rules(POLICIES), bounds.admit))
     receiving = Receiving(link, inbox, region=name)
-    return hop, {"relaying": relaying, "gathering": Gathering(link, clock, region=name), "receiving": receiving, "hop": hop}
+    gathering = Gathering(link, clock, region=name)
+    placing = Placing(link, lambda: gathering.present, region=name)
+    loops: dict[str, Loop] = {"relaying": relaying, "gathering": gathering, "placing": placing, "receiving": receiving, "cutting": cutting}
+    return hop, {**loops, "hop": hop}

@@ -30,6 +30,11 @@ class Gathering:
         """The newest vitals by device name."""
         return {name: vitals for name, (_, vitals) in self._heard.items()}
 
+    @property
+    def present(self) -> dict[str, Vitals]:
+        """The newest vitals of those that are not silent."""
+        return {name: vitals for name, (_, vitals) in self._heard.items() if name not in self._silent}
+
     async def _vitals(self, inbound: Inbound) -> None:
         device = inbound.topic.split("/")[3]
         try:

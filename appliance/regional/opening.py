@@ -44,6 +44,7 @@ async def open_link(settings: Region, stack: contextlib.AsyncExitStack) -> MqttL
         client_id=identities.region_user(name),
         peer=identities.broker(name, trust_domain=settings.trust.trust_domain),
         answers=topics.upstream_answer(name),
+        answers_below=f"v1/{name}/d/+/up/answer",
     )
 
 

@@ -1,6 +1,7 @@
 """Receiving: what devices had promised to deliver. Committed here first, then acknowledged, then given its effect, exactly once.
 
-The effect of an event or of telemetry is a record in the region's log and the gauges of `Gathering`; a receipt never waits for it.
+The effect of an event or of telemetry is a record in the region's log and the gauges of `Gathering`; a receipt never waits for it. A region that dies
+between a record and its commit writes the record again, with the same `number`: who reads the log counts each number once.
 """
 
 import asyncio
@@ -25,6 +26,7 @@ class Receiving:
         self._inbox = inbox
         self._arrived = asyncio.Event()
         self._log = structlog.get_logger()
+        self._given = 0
         self.accepted = self.repeated = 0
         link.serve(f"v1/{region}/d/+/up/ask/deliver", self._deliver)
 
@@ -45,7 +47,9 @@ class Receiving:
             try:
                 pending = await self._inbox.pending(limit=BATCH)
                 for item in pending:
-                    self._apply(item)
+                    if item.number > self._given:  # else its commit failed, its effect did not
+                        self._apply(item)
+                        self._given = item.number
                 if pending:
                     await self._inbox.applied(pending[-1].number)
                     continue
@@ -59,13 +63,19 @@ class Receiving:
 
     def _apply(self, item: Accepted) -> None:
         if item.kind != Kind.EVENT:
-            self._log.info("item_received", device=item.sender, kind=item.kind, idem=item.idem, size_bytes=len(item.payload))
+            self._log.info(
+                "item_received",
+                number=item.number,
+                device=item.sender,
+                kind=item.kind,
+                idem=item.idem,
+                size_bytes=len(item.payload),
+            )
             return
         try:
             event = decode(item.payload, Event)
         except TheirsError as error:
             self._log.warning("event_refused", device=item.sender, what=str(error))
             return
-        self._log.info(
-            "device_event", device=item.sender, what=event.what, **{f"data_{name}": value for name, value in event.fields.items()}
-        )
+        data = {f"data_{name}": value for name, value in event.fields.items()}
+        self._log.info("device_event", number=item.number, device=item.sender, what=event.what, **data)

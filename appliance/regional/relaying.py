@@ -12,6 +12,7 @@ from appliance.contract import topics
 from appliance.contract.codec import decode, encode
 from appliance.contract.errors import ApplianceError, TheirsError
 from appliance.contract.models import ChunkAsk, CompiledArtifact, Manifest, RegionKey, RegionKeyAsk, Release, artifacts_of
+from appliance.contract.prices import Price
 from appliance.contract.remote import unpack_ask
 from appliance.core.trust.envelope import region_public, unwrap_for_region
 from appliance.daily.pulling import Pull
@@ -44,6 +45,7 @@ class Relaying:
         self.online_only: set[str] = set()
         self._log = structlog.get_logger()
         link.on(topics.upstream_release(region), self._offered)
+        link.on(topics.upstream_price(region), self._priced)
         link.serve(f"v1/{region}/d/+/up/ask/chunk", self._chunk)
         link.serve(f"v1/{region}/d/+/up/ask/infer", self._infer)
 
@@ -63,9 +65,20 @@ class Relaying:
             raise TheirsError("unknown_artifact", "this region does not offer that artifact", where=ask.artifact[:64])
         return await asyncio.to_thread(self._depot.read, ask.artifact, ask.index)
 
+    async def _priced(self, inbound: Inbound) -> None:
+        """Hand a price on; one that cannot be told now is not told later, since the next one comes."""
+        try:
+            decode(inbound.payload, Price)
+            await self._link.publish(topics.price(self._region), inbound.payload, retain=True, timeout_s=RETRY_S)
+        except ApplianceError as error:
+            self._log.warning("price_not_relayed", reason=error.reason, what=str(error))
+
     async def _infer(self, inbound: Inbound) -> bytes:
-        """Hand an inference on to the cloud and its answer back; what is malformed goes no further."""
-        within_s = unpack_ask(inbound.payload).head.within_ms / 1e3
+        """Hand an inference on to the cloud and its answer back; what is malformed, or must not leave the region, goes no further."""
+        head = unpack_ask(inbound.payload).head
+        if head.residency:
+            raise TheirsError("residency", f"data residency {head.residency!r} keeps it from the cloud", where="region")
+        within_s = head.within_ms / 1e3
         return await self._link.ask(topics.upstream_infer(self._region), inbound.payload, timeout_s=within_s, qos=0)
 
     async def run(self, moved: Callable[[], None]) -> None:

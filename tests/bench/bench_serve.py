@@ -36,6 +36,8 @@ from appliance.workshop.bench_tree import Tree
 from appliance.workshop.load import Opens
 from appliance.workshop.load_http import HttpAsker, address, infer_request
 
+ALONE = {"reach": {"cloud": False}}
+"""What the device cannot answer is refused, not tried in the cloud, which here is a process beside it on the same machine."""
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "build" / "reports" / "serve.json"
 SOURCE = ROOT / "build" / "models" / "label-reader.onnx"
@@ -62,7 +64,7 @@ async def our_device(model: Model, cpu: int) -> AsyncIterator[tuple[Opens, Tree,
     began = time.perf_counter()
     try:
         async with contextlib.AsyncExitStack() as stack:
-            lab = Lab(claim(folder / "lab"), Plan(devices=1, model=model.path, rate_per_s=0), stack)
+            lab = Lab(claim(folder / "lab"), Plan(devices=1, model=model.path, rate_per_s=0, settings=ALONE), stack)
             await lab.open()
             device = lab.devices[0]
             pid = device.unit.pid

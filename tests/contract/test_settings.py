@@ -100,7 +100,7 @@ def test_every_setting_has_a_description_and_every_number_a_range(room: type[Sec
 @ROOMS
 def test_quantities_name_their_unit(room: type[Section]) -> None:
     """A number that is not a plain count ends in its unit."""
-    units = ("_s", "_ms", "_mib", "_c", "_w", "_k_per_w", "_j_per_k", "_days", "_factor", "_h", "_per_hour")
+    units = ("_s", "_ms", "_mib", "_c", "_w", "_k_per_w", "_j_per_k", "_days", "_factor", "_h", "_per_hour", "_per_gb")
     counts = {"port", "broker_port", "grpc_port", "workers", "threads", "max_batch", "waiting", "lease_restarts"}
     for setting in document(room):
         if setting.type in {"a number", "a whole number"}:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from appliance.contract import attest, codec, deferral, models, topics, vitals
+from appliance.contract import attest, codec, deferral, models, prices, topics, vitals
 from appliance.contract.errors import TheirsError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,7 +51,7 @@ def test_no_reference_dangles() -> None:
 
 def test_every_message_is_one_of_the_contract() -> None:
     """The document names no message that the code does not have (Chunk and Frame are raw bytes)."""
-    known = {name for module in (attest, codec, deferral, models, vitals) for name, _ in inspect.getmembers(module, inspect.isclass)}
+    known = {name for module in (attest, codec, deferral, models, prices, vitals) for name, _ in inspect.getmembers(module, inspect.isclass)}
     assert set(DOCUMENT["components"]["messages"]) - {"Chunk", "Frame"} <= known
 
 

@@ -384,7 +384,7 @@ def test_the_worker_is_shared_by_rank_so_no_model_starves_another() -> None:
 
 
 def test_callers_who_repeat_refused_requests_at_once_are_paced_by_their_refusals() -> None:
-    """Sixteen such callers beside eight polite ones: after a few early returns each refusal is kept back, so that few are made at all."""
+    """Twenty-four such callers beside eight polite ones: after a few early returns each refusal is kept back, so that few are made at all."""
 
     async def body(device: Device) -> None:
         refusals = 0
@@ -408,7 +408,7 @@ def test_callers_who_repeat_refused_requests_at_once_are_paced_by_their_refusals
         stopped = True
         got = [sum(await asyncio.gather(*group)) for group in (polite, rude)]
         assert sum(got) >= 0.95 * 20 / SPEED[Mode.FULL], "the worker never idled"
-        assert got[0] / 8 >= got[1] / 24 / 3, "no polite caller starves, though who is answered finds the place that its answer left"
-        assert refusals < 3 * sum(got), "a deaf caller is not refused thousands of times a second"
+        assert got[0] / 8 >= 0.8 * got[1] / 24, "each polite caller got about as much as each rude one"
+        assert refusals / 32 / 20 < 40, "a deaf caller is refused some tens of times a second, not thousands"
 
     lived(body, modes=[Mode.FULL])

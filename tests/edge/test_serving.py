@@ -20,9 +20,15 @@ from appliance.ports import LoadedModel, Share
 SIGNATURE = Signature(Platform.ONNX, (TensorSpec("x", Datatype.FP32, (-1, 2)),), (TensorSpec("y", Datatype.FP32, (-1, 2)),))
 
 
+BATCH_S = 0.001
+"""What a batch takes, however many share it: two pay, whatever this machine does beside."""
+
+
 class Clock:
+    worked_s = 0.0
+
     def monotonic(self) -> float:
-        return asyncio.get_running_loop().time()
+        return asyncio.get_running_loop().time() + Clock.worked_s
 
     def wall(self) -> float:
         return 0.0
@@ -68,6 +74,7 @@ class GatedEngine:
 
     async def run(self, key: str, inputs: Mapping[str, Array], _outputs: Sequence[str]) -> dict[str, Array]:
         self.batches.append(len(inputs["x"]))
+        Clock.worked_s += BATCH_S
         if "@v1" in key:
             await self.gate.wait()
         if self.error is not None:

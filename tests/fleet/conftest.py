@@ -7,8 +7,12 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
+import pytest
+
+from appliance.contract.errors import WorldError
 from appliance.lab.daemon import Device, Lab, Plan
 from appliance.lab.site import claim
+from appliance.lab.spire import programs
 
 MODEL = Path(__file__).parent.parent.parent / "build/models/label-reader.onnx"
 
@@ -16,15 +20,40 @@ Condition = Callable[[], Awaitable[bool]]
 Settings = Mapping[str, Mapping[str, object]]
 
 
+@pytest.fixture
+def spire() -> Path:
+    """The folder with SPIRE's programs; where there are none, what to do about it."""
+    try:
+        return programs()
+    except WorldError as error:
+        pytest.skip(str(error))
+
+
 @contextlib.asynccontextmanager
 async def running(
-    *, rate_per_s: float = 8.0, reattest_s: float = 3600.0, model: Path = MODEL, settings: Settings | None = None
+    *,
+    rate_per_s: float = 8.0,
+    reattest_s: float = 3600.0,
+    model: Path = MODEL,
+    settings: Settings | None = None,
+    spire_ttl_s: float = 0.0,
+    told_every_s: float = 0.0,
+    environment: Mapping[str, Mapping[str, str]] | None = None,
 ) -> AsyncIterator[Lab]:
-    """Run a lab with one device for a while, and leave nothing. `settings` go over the device's own."""
+    """Run a lab with one device for a while, and leave nothing. `settings` go over the device's own; for the rest see `Plan`."""
     folder = Path(tempfile.mkdtemp(prefix="ap-", dir="/tmp"))
     try:
         async with contextlib.AsyncExitStack() as stack:
-            plan = Plan(devices=1, model=model, rate_per_s=rate_per_s, reattest_s=reattest_s, settings=settings or {})
+            plan = Plan(
+                devices=1,
+                model=model,
+                rate_per_s=rate_per_s,
+                reattest_s=reattest_s,
+                settings=settings or {},
+                spire_ttl_s=spire_ttl_s,
+                told_every_s=told_every_s,
+                environment=environment or {},
+            )
             lab = Lab(claim(folder / "lab"), plan, stack)
             await lab.open()
             yield lab

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from appliance.contract import topics
 from appliance.contract.errors import TheirsError
 from appliance.lab.authority import Authority
+from appliance.lab.broker import MAX_PACKET_BYTES
 from appliance.ports import Inbound
 from tests.fakes.private_region import AGGREGATOR, BROKER, CLOUD, REGION, PrivateRegion, device, until
 
@@ -86,7 +87,7 @@ async def test_no_private_key_is_on_disk(region: PrivateRegion) -> None:
         await link.publish(topics.vitals(REGION, "jetson-1"), b"", retain=True)
     region.terminate()
     files = [path for path in region.directory.rglob("*") if path.is_file()]
-    assert {"mosquitto.conf", "acl", "root.pem", "mosquitto.db"} <= {path.name for path in files}
+    assert {"mosquitto.conf", "acl", "root-0.pem", "mosquitto.db"} <= {path.name for path in files}
     needles = [needle for key in keys for needle in encodings(key)]
     assert needles
     for path in files:
@@ -190,3 +191,13 @@ async def test_retained_survives_kill_9_after_autosave() -> None:
 def has(path: Path, needle: bytes) -> bool:
     """Whether a file is there and contains some bytes."""
     return path.exists() and needle in path.read_bytes()
+
+
+def test_the_documented_configuration_is_the_tested_one(region: PrivateRegion) -> None:
+    """docs/broker.md has the lab's options in their order, and its permissions to the letter."""
+    page = (Path(__file__).parent.parent.parent / "docs/broker.md").read_text()
+    own = [line.split()[0] for line in region.broker.config().splitlines() if not line.startswith("user ")]
+    first, permissions = (next(block for block in page.split("```") if f"\n{start}" in block) for start in ("listener", "pattern"))
+    assert [line.split()[0] for line in first.strip().splitlines()] == own
+    assert permissions.strip() == region.broker.permissions().strip()
+    assert f"max_packet_size {MAX_PACKET_BYTES}\n" in first

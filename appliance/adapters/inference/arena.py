@@ -12,6 +12,7 @@ import os
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from appliance.contract.errors import WorldError
 
@@ -40,6 +41,9 @@ class FreeList:
     def give(self, at: int, size: int) -> None:
         """Give a range back that `take` returned."""
         self.used -= size
+        if not self.used:
+            self._holes = [(0, self.size)]
+            return
         insort(self._holes, (at, size))
         merged: list[tuple[int, int]] = []
         for start, length in self._holes:
@@ -59,8 +63,7 @@ class Segment:
     ranges: FreeList
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """A range of a segment, owned by one batch."""
 
     segment: Segment

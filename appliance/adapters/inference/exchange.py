@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,7 @@ class Form:
     rooms: dict[Sort, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
+class Parcel(NamedTuple):
     """One batch on its way. `wanted` is a bit mask of outputs; the room is `room_bytes` from `room_at` in the region's segment."""
 
     form: Form

@@ -53,7 +53,7 @@ class Lane:
 
     def take(self, number: int) -> Pending:
         """Remove the first piece, which must be this one. Raises: OursError (`protocol`)."""
-        pending = next(iter(self), None)
+        pending = next(iter(self._line.values()), None)
         if pending is None or pending.id != number:
             raise OursError("protocol", f"answer {number} is out of turn")
         self._since = self._loop.time()

@@ -27,6 +27,10 @@ OUTPUTS_MAX = 63
 AXES_MAX = 16
 RUN, DONE = 1, 2
 _JSON = ord("{")
+_DESCRIPTOR = struct.Struct("@i")
+_BESIDE_BYTES = socket.CMSG_LEN(_DESCRIPTOR.size)
+_RIGHTS = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+_CUT = socket.MSG_TRUNC | socket.MSG_CTRUNC
 
 Shape = tuple[int, ...]
 Place = tuple[int, Shape]
@@ -200,8 +204,11 @@ def receive(sock: socket.socket) -> tuple[bytes, int | None]:
 
     Raises: OSError (BlockingIOError when nothing has arrived), OursError (`protocol`).
     """
-    packet, fds, flags, _ = socket.recv_fds(sock, PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    packet, beside, flags, _ = sock.recvmsg(PACKET_BYTES, _BESIDE_BYTES, socket.MSG_CMSG_CLOEXEC)
+    if not beside and not flags & _CUT:  # a batch, or its answer
+        return packet, None
+    fds = [fd for level, kind, data in beside if (level, kind) == _RIGHTS for (fd,) in _DESCRIPTOR.iter_unpack(data)]
+    if flags & _CUT:
         for fd in fds:
             os.close(fd)
         raise OursError("protocol", f"a packet is longer than {PACKET_BYTES} bytes")

@@ -93,11 +93,12 @@ class Worker:
 
         Raises: TheirsError (`model`, `oversized`), WorldError (`memory`, `worker_lost`).
         """
-        give_up = asyncio.get_running_loop().time() + self._limits.reload_wait_s
+        give_up = 0.0
         self.busy += 1
         try:
             while True:
                 if model.process is None:
+                    give_up = give_up or asyncio.get_running_loop().time() + self._limits.reload_wait_s
                     await self._roster.settled(model, give_up)
                 await self._slots.acquire()
                 future = await self._posted(model, inputs, outputs)

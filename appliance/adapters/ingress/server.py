@@ -26,7 +26,7 @@ from appliance.adapters.ingress.connection import Gate
 from appliance.adapters.ingress.frames import FramesSocket
 from appliance.adapters.ingress.paths import Place, resolve
 from appliance.adapters.ingress.regions import LentRegions
-from appliance.adapters.ingress.replies import accepted, failure, ok, refusal
+from appliance.adapters.ingress.replies import Reply, accepted, failure, ok, refusal
 from appliance.adapters.ingress.sockets import bind_unix, unbind_unix
 from appliance.contract.admission import quoted
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
@@ -103,7 +103,7 @@ class Ingress:
         self._draining = False
         self._calm = asyncio.Event()
         self._calm.set()
-        self._answers: dict[str, Callable[[web.BaseRequest, Place], Awaitable[web.Response]]] = {
+        self._answers: dict[str, Callable[[web.BaseRequest, Place], Awaitable[Reply]]] = {
             "infer": self._infer,
             "live": self._live,
             "ready": self._ready,
@@ -168,7 +168,7 @@ class Ingress:
         while self._servers:
             self._servers.pop().close()
 
-    async def _handle(self, request: web.BaseRequest) -> web.Response:
+    async def _handle(self, request: web.BaseRequest) -> Reply:
         """Answer one request; turn every error into an answer that names the problem."""
         self._busy += 1
         self._calm.clear()
@@ -188,7 +188,7 @@ class Ingress:
             response.force_close()
         return response
 
-    async def _answered(self, request: web.BaseRequest) -> web.Response:
+    async def _answered(self, request: web.BaseRequest) -> Reply:
         place = resolve(request.raw_path)
         if place is None:
             raise TheirsError("unknown_path", f"nothing is at {quoted(request.raw_path)}")
@@ -197,12 +197,12 @@ class Ingress:
             return failure(405, text, "method", {"Allow": place.method})
         return await self._answers[place.what](request, place)
 
-    def _unforeseen(self, request: web.BaseRequest, error: Exception) -> web.Response:
+    def _unforeseen(self, request: web.BaseRequest, error: Exception) -> Reply:
         token = secrets.token_hex(4)
         self._log.error("request_failed", id=token, path=request.raw_path[:200], exc_info=error)
         return failure(500, f"an internal error; the log has it under {token}", "internal")
 
-    async def _infer(self, request: web.BaseRequest, place: Place) -> web.Response:
+    async def _infer(self, request: web.BaseRequest, place: Place) -> Reply:
         body: bytes | bytearray = b""
         try:
             body = await self._intake.receive(request)
@@ -228,15 +228,15 @@ class Ingress:
             outcome = Outcome.CANCELLED
         self._refused(model if model in self._desk.models() else "-", outcome)
 
-    async def _deferred(self, _request: web.BaseRequest, place: Place) -> web.Response:
+    async def _deferred(self, _request: web.BaseRequest, place: Place) -> Reply:
         return _rendered(await self._promises().fetch(place.model), Layout(default_binary=True))
 
-    async def _deferred_retry(self, request: web.BaseRequest, place: Place) -> web.Response:
+    async def _deferred_retry(self, request: web.BaseRequest, place: Place) -> Reply:
         self._check_open(request)
         await self._promises().revive(place.model)
         return ok()
 
-    async def _deferred_drop(self, request: web.BaseRequest, place: Place) -> web.Response:
+    async def _deferred_drop(self, request: web.BaseRequest, place: Place) -> Reply:
         self._check_open(request)
         await self._promises().drop(place.model)
         return ok()
@@ -246,39 +246,39 @@ class Ingress:
             raise TheirsError("unknown_promise", "this device makes no promises")
         return self._counter
 
-    async def _live(self, _request: web.BaseRequest, _place: Place) -> web.Response:
+    async def _live(self, _request: web.BaseRequest, _place: Place) -> Reply:
         return ok() if self._desk.live() else failure(503, "the daemon's loops do not move", "not_ready")
 
-    async def _ready(self, _request: web.BaseRequest, _place: Place) -> web.Response:
+    async def _ready(self, _request: web.BaseRequest, _place: Place) -> Reply:
         if self._desk.ready():
             return ok()
         return refusal(WorldError("not_ready", self._desk.why_not_ready()))
 
-    async def _server(self, request: web.BaseRequest, _place: Place) -> web.Response:
+    async def _server(self, request: web.BaseRequest, _place: Place) -> Reply:
         changeable = is_open(self._repository, socket=_by_socket(request))
         extensions = (*HTTP_EXTENSIONS, REPOSITORY_EXTENSION) if changeable else HTTP_EXTENSIONS
         return ok(server_metadata("appliance", _version(), extensions))
 
-    async def _index(self, request: web.BaseRequest, _place: Place) -> web.Response:
+    async def _index(self, request: web.BaseRequest, _place: Place) -> Reply:
         ready = await self._small(request, only_ready)
         cards = [self._desk.describe(name, "") for name in self._desk.models()]
         why = self._desk.why_not_ready() or NOT_LOADED
         rows = [(card.name, each, card.ready, "" if card.ready else why) for card in cards for each in card.versions]
         return ok(repository_index([row for row in rows if row[2] or not ready]))
 
-    async def _load(self, request: web.BaseRequest, place: Place) -> web.Response:
+    async def _load(self, request: web.BaseRequest, place: Place) -> Reply:
         self._check_open(request)
         await self._small(request, check_load)
         await self._desk.load(place.model)
         return ok()
 
-    async def _unload(self, request: web.BaseRequest, place: Place) -> web.Response:
+    async def _unload(self, request: web.BaseRequest, place: Place) -> Reply:
         self._check_open(request)
         await self._small(request, check_unload)
         await self._desk.unload(place.model)
         return ok()
 
-    async def _foreign_memory(self, _request: web.BaseRequest, _place: Place) -> web.Response:
+    async def _foreign_memory(self, _request: web.BaseRequest, _place: Place) -> Reply:
         what = "memory by name is not taken: a file that its owner can truncate would fault this process"
         raise TheirsError("unsupported", what, remedy="register a sealed memfd on frames.sock (docs/api.md), or send the data in the body")
 
@@ -295,27 +295,27 @@ class Ingress:
         finally:
             self._intake.done(body)
 
-    async def _scrape(self, _request: web.BaseRequest, _place: Place) -> web.Response:
+    async def _scrape(self, _request: web.BaseRequest, _place: Place) -> Reply:
         return ok(self._metrics(), EXPOSITION)
 
-    async def _tell(self, _request: web.BaseRequest, _place: Place) -> web.Response:
+    async def _tell(self, _request: web.BaseRequest, _place: Place) -> Reply:
         return ok(msgspec.json.encode(self._status()))
 
-    async def _model(self, _request: web.BaseRequest, place: Place) -> web.Response:
+    async def _model(self, _request: web.BaseRequest, place: Place) -> Reply:
         card = self._desk.describe(place.model, place.version)
         return ok(model_metadata(card.name, card.versions, card.signature, card.max_batch))
 
-    async def _model_ready(self, _request: web.BaseRequest, place: Place) -> web.Response:
+    async def _model_ready(self, _request: web.BaseRequest, place: Place) -> Reply:
         if self._desk.describe(place.model, place.version).ready:
             return ok()
         return refusal(WorldError("not_ready", self._desk.why_not_ready() or NOT_LOADED, where=place.model))
 
 
-def _rendered(answer: Answer | Promise, layout: Layout) -> web.Response:
+def _rendered(answer: Answer | Promise, layout: Layout) -> Reply:
     if isinstance(answer, Promise):
         return accepted(promised(answer), answer.retry_after_s)
     headers, parts = render(answer, layout)
-    return web.Response(body=b"".join(parts), headers=headers)
+    return Reply(parts, headers)
 
 
 def _by_socket(request: web.BaseRequest) -> bool:

@@ -189,7 +189,13 @@ class Inbox:
 
 
 def answer_topic(request: str) -> str:
-    """Return where answers to a request on this topic go: `<asker>/up/...` is answered on `<asker>/dn/answer`; empty for no request's topic."""
+    """Return where answers to a request on this topic go; empty for no request's topic.
+
+    `<asker>/up/...` is answered on `<asker>/dn/answer`, and what is asked downwards, `<asked>/dn/ask/...`, on `<asked>/up/answer`.
+    """
+    asked, down, _ = request.partition("/dn/ask/")
+    if down:
+        return f"{asked}/up/answer"
     asker, up, _ = request.partition("/up/")
     return f"{asker}/dn/answer" if up else ""
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import structlog
 
-from appliance.adapters.mqtt.inbox import PROBLEM, Inbox
+from appliance.adapters.mqtt.inbox import PROBLEM, Inbox, answer_topic
 from appliance.adapters.mqtt.session import FAILURE, NO_SUBSCRIBERS, Arrived, Outbound, Session, SessionSettings, Terms, refusal
 from appliance.contract.codec import Refused, decode
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
@@ -94,6 +94,7 @@ class MqttLink:
         client_id: the workload's name, as in its SVID; the broker would replace any other.
         peer: the broker's SPIFFE ID.
         answers: the topic on which answers to `ask` arrive; empty for a workload that never asks.
+        answers_below: the pattern of the topics on which those below answer (`.../up/answer`); empty for a workload that never asks downwards.
         chance: for backoff and for correlation data, which must not be guessable; a seeded source belongs in tests only.
         wall: seconds since the epoch. monotonic: seconds that only grow.
     """
@@ -106,6 +107,7 @@ class MqttLink:
         client_id: str,
         peer: str,
         answers: str = "",
+        answers_below: str = "",
         chance: random.Random | None = None,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = _boot_time,
@@ -115,6 +117,7 @@ class MqttLink:
         self._client_id = client_id
         self._peer = peer
         self._answers = answers
+        self._answers_below = answers_below
         self._chance = chance or random.SystemRandom()
         self._wall = wall
         self._monotonic = monotonic
@@ -143,6 +146,11 @@ class MqttLink:
     def rotations(self) -> int:
         """How many times the connection moved to a renewed SVID since start."""
         return self._rotations
+
+    @property
+    def identity_left_s(self) -> float:
+        """Seconds until the SVID expires; 0 once it has."""
+        return max(0.0, self._identity.not_after - self._wall())
 
     @property
     def last_heard(self) -> float | None:
@@ -174,7 +182,12 @@ class MqttLink:
         if not self._answers:
             raise OursError("no_answers", "this link was made without a topic for answers", where=topic)
         correlation = self._chance.randbytes(16)
-        terms = Terms(response_topic=self._answers, correlation=correlation, expiry_s=max(1, math.ceil(timeout_s)))
+        downwards = bool(self._answers_below) and "/dn/ask/" in topic
+        terms = Terms(
+            response_topic=answer_topic(topic) if downwards else self._answers,
+            correlation=correlation,
+            expiry_s=max(1, math.ceil(timeout_s)),
+        )
         message = Outbound(topic, payload, qos, _future(), terms=terms)
         ask = self._asks[correlation] = _Ask(message, asyncio.get_running_loop().create_future())
         try:
@@ -237,7 +250,7 @@ class MqttLink:
             session = Session(self._settings.session, self._client_id, context, self._received, self._heard)
             try:
                 await session.open()
-                patterns = [*self._inbox.patterns, *([self._answers] if self._answers else [])]
+                patterns = [*self._inbox.patterns, *filter(None, (self._answers, self._answers_below))]
                 await session.subscribe_to(patterns, fresh=not self._subscribed)
                 self._subscribed = True
                 self._went_up(session)
@@ -325,7 +338,7 @@ class MqttLink:
 
     def _received(self, session: Session, message: Arrived) -> None:
         """Take an inbound message: an answer goes to its asker, anything else to the inbox."""
-        if message.topic == self._answers:
+        if message.topic == self._answers or (self._answers_below and message.topic.endswith("/up/answer")):
             ask = self._asks.get(message.terms.correlation)
             if ask is not None and not ask.answer.done():
                 ask.answer.set_result(message)

@@ -10,7 +10,9 @@ API: `Suspicion(interval_s)`; `.heard(at, heartbeat=…, learn=…)` at each pac
 3. The standard deviation is at least 10 % of the interval (0.5 s for 5 s). Without it a calm link makes a millisecond look like an outage.
 4. Intervals that end a suspicion or overlap a stall of this process are not learned: outages in the window raise the 99th percentile of detection
    from 12 s to a minute and more (measured). Intervals longer than the threshold end a suspicion, whether or not anybody looked in time.
-5. It is a score, not a probability: at 2 % loss a gap of 10 s is a 2 % event, where phi claims 10^-20. It suspects; `partition` asks.
+5. The mean is at least the promised interval. Heartbeats that were held up arrive bunched; a young window that learned from them would suspect every
+   interval that is kept, and so never learn one again (found by the simulation: DEGRADED for good).
+6. It is a score, not a probability: at 2 % loss a gap of 10 s is a 2 % event, where phi claims 10^-20. It suspects; `partition` asks.
 """
 
 from collections import deque
@@ -97,5 +99,5 @@ class Suspicion:
         if self._learned % WINDOW == 0:
             self._sum, self._squares = sum(window), sum(each * each for each in window)
         mean = self._sum / len(window)
-        self._mean_s = self._interval_s + mean
+        self._mean_s = self._interval_s + max(0.0, mean)
         self._sd_s = max(self._min_sd_s, sqrt(max(0.0, self._squares / len(window) - mean * mean)))

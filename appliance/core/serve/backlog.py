@@ -10,7 +10,7 @@ API, in the order in which a loop uses it (`Pace` is in `pace`, `Entry` in `wait
    requests never changes while they wait and the key is a constant: arrival + priority x AGEING_S.
 2. Back-pressure: at most 2x `max_batch` samples wait. A newcomer that ranks before waiting ones displaces the youngest of
    the worst level; it is told so at once. No neighbour of equal rank is ever displaced.
-3. Admission by predicted finish: what cannot be answered by its deadline is refused on arrival, with the seconds after which it
+3. Admission by predicted finish: what cannot be answered by its deadline, or its SLO, is refused on arrival, with the seconds after which it
    could be, or None where even an idle device is too slow. Requests of a worse level do not count as ahead.
 4. Deadlines expire by a timer at the latest start that could still be in time, not at dequeue (Triton #7512 shows why).
 5. A caller that returns before its hint has passed finds only half of the places (`patience`); the worker never idles for it. One that does it
@@ -95,12 +95,17 @@ class Backlog(Generic[T]):
         now: float,
         *,
         deadline: float = inf,
+        slo: float = inf,
         size: int = 1,
         shape: Hashable = None,
         priority: int = DEFAULT_PRIORITY,
         caller: Hashable = None,
     ) -> Admitted[T] | Refused:
-        """Admit or refuse one request. Raises: TheirsError (`priority`, `batch_size`), and nothing changed."""
+        """Admit or refuse one request. Raises: TheirsError (`priority`, `batch_size`), and nothing changed.
+
+        After `deadline` an answer is worthless, and the request expires; by `slo` it should come: what is predicted to miss it is refused,
+        but once admitted a late answer is an answer.
+        """
         if not 0 <= priority < PRIORITIES:
             raise TheirsError("priority", f"priority {priority}, expected 0 (highest) to {PRIORITIES - 1}")
         if not 1 <= size <= self.max_batch:
@@ -110,9 +115,10 @@ class Backlog(Generic[T]):
             held = self._patience.remaining_s((caller, priority), now)
             if held:
                 return Refused(Outcome.BACKLOG_FULL, held, self._patience.deaf((caller, priority)))
-        late = self._late_s(now, deadline, size, shape, priority)
-        if late > 0:
-            return self._refuse(Outcome.DEADLINE, late, now, caller, priority)
+        late = self._late_s(now, min(deadline, slo), size, shape, priority)
+        if late > 0:  # the others who were refused come back too: not before half of the places are free
+            after_s = late if late == inf else max(late, self.retry_after_s(now, size))
+            return self._refuse(Outcome.DEADLINE, after_s, now, caller, priority)
         rank = now + priority * AGEING_S
         displaced = self._displace(rank, priority, size) if line.waiting + size > self.max_waiting else ()
         if displaced is None:
@@ -191,6 +197,8 @@ class Backlog(Generic[T]):
         """Make room for `size` samples by removing what ranks behind `rank`, youngest of the worst level first; None if it cannot."""
         chosen: list[Entry[T]] = []
         missing = self._line.waiting + size - self.max_waiting
+        if sum(self._line.level_samples[priority + 1 :]) < missing:  # nobody of a worse level, most of the time: a refusal must be cheap
+            return None
         for entry in self._line.worst_first():
             if missing <= 0 or entry.priority <= priority:
                 break
@@ -215,8 +223,8 @@ class Backlog(Generic[T]):
             return inf if deadline <= now else 0.0
         if now + pace.seconds(size) > deadline:
             return inf
-        ahead = sum(self._line.level_samples[: priority + 1])
-        same = min(ahead, self.waiting_like(shape))
+        ahead = sum(self._line.level_samples[: priority + 1]) if self._line.waiting else 0
+        same = min(ahead, self.waiting_like(shape)) if ahead else 0
         work_s = self._others_s(shape, pace) if ahead > same else 0.0
         whole, rest = divmod(same + size - 1, pace.batch)
         work_s += whole * pace.seconds(pace.batch)

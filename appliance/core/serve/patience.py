@@ -13,8 +13,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 MOST_HOLDS = 1_024
-STRIKES = 4
-"""Callers behind one pooled connection also come back early: at 20 % of refusals one request in 600 finds four in a row."""
+STRIKES = 16
+"""Callers behind pooled connections also come back early: with 40 % refused, one request in two million finds sixteen in a row."""
 
 
 class Patience:

@@ -12,6 +12,8 @@ API: `Profile(max_batch, board=None, cost={mode: ModelCost})`; `.observe(mode, b
    0.96x the throughput at 8x the latency (measured: PP-OCRv4, one thread) that is 1; for a small model on the same CPU (4.5x) it is 8.
 4. A request may find a batch running: the pace aims for batches that take at most half of the SLO.
 5. A size that has not run `TRIES` times is tried when the load offers it and the guess allows it: what nobody measured is not ruled out by a guess.
+   The next larger size is tried anew when `AGAIN` other batches ran since, and what it took then is forgotten: a size that was measured in a
+   bad moment is not ruled out for good.
 """
 
 from bisect import bisect_left
@@ -28,6 +30,8 @@ WEIGHT = 0.1
 KNEE = 0.95
 GAIN = 1.1
 TRIES = 3
+AGAIN = 1_000
+"""A light model runs so many batches within a second, a heavy one in six; three of them larger than their kind are no tail."""
 MOVED = 0.05
 """A change of an estimate by 5 % is worth a new pace; building one costs some 50 microseconds."""
 
@@ -35,11 +39,12 @@ MOVED = 0.05
 class Estimate:
     """One robust running estimate of a positive number."""
 
-    __slots__ = ("_first", "_told", "count", "value")
+    __slots__ = ("_first", "_told", "count", "last", "value")
 
     def __init__(self) -> None:
         self.value = 0.0
         self.count = 0
+        self.last = 0
         self._first: list[float] = []
         self._told = 0.0
 
@@ -75,6 +80,7 @@ class Profile:
         self._cost = cost or {}
         self._compiled = tuple(compiled)
         self._measured: dict[Mode, dict[int, Estimate]] = {}
+        self._ran = 0
 
     def warmup_batches(self) -> list[int]:
         """The sizes to measure before the first request: powers of two and the largest, or the compiled ones."""
@@ -87,7 +93,12 @@ class Profile:
         """Learn from a batch that ran (size as run, with padding). Raises: TheirsError (`measurement`) for what cannot be one."""
         if not (batch >= 1 and 0 < took_s < float("inf")):
             raise TheirsError("measurement", f"{took_s} s for a batch of {batch}")
-        return self._measured.setdefault(mode, {}).setdefault(batch, Estimate()).observe(took_s)
+        self._ran += 1
+        estimates = self._measured.setdefault(mode, {})
+        if batch not in estimates or self._outrun(estimates[batch]):
+            estimates[batch] = Estimate()
+        estimates[batch].last = self._ran
+        return estimates[batch].observe(took_s) or self._ran % AGAIN == 0
 
     def predict(self, mode: Mode, batch: int) -> float | None:
         """Seconds for a batch; None if there is neither a measurement nor a guess for this mode."""
@@ -115,8 +126,10 @@ class Profile:
             return None
         sizes = self.warmup_batches()
         batch = best_batch(table, slo_s / 2, sizes)
-        untried = [size for size in sizes if self._count(mode, size) < TRIES and table[size] <= slo_s / 2]
-        batch = max([batch, *untried])
+        within = [size for size in sizes if size > batch and table[size] <= slo_s / 2]
+        untried = [size for size in within if self._estimate(mode, size).count < TRIES]
+        outrun = [size for size in within[:1] if self._outrun(self._estimate(mode, size))]
+        batch = max([batch, *untried, *outrun])
         return Pace(tuple(table), batch, workers, self.measured(mode, 1) and self.measured(mode, batch))
 
     def explain(self) -> list[str]:
@@ -140,9 +153,11 @@ class Profile:
             line += f"; roofline {guess * 1e3:.3g} ms, bound by {bound_by(self._board, self._cost[mode], size)}"
         return [line]
 
-    def _count(self, mode: Mode, size: int) -> int:
-        estimate = self._measured.get(mode, {}).get(size)
-        return estimate.count if estimate else 0
+    def _outrun(self, estimate: Estimate) -> bool:
+        return self._ran - estimate.last > AGAIN
+
+    def _estimate(self, mode: Mode, size: int) -> Estimate:
+        return self._measured.get(mode, {}).get(size) or Estimate()
 
     def _as_run(self, batch: int) -> int:
         index = bisect_left(self._compiled, batch)

@@ -5,7 +5,7 @@
    when they surface or when the gone outnumber the waiting: amortised O(log n) for everything but `front`, which is O(shapes).
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Generic, NamedTuple, TypeVar
@@ -29,6 +29,10 @@ class Entry(NamedTuple, Generic[T]):
     rank: float
 
 
+def _worst(entry: Entry[T]) -> tuple[int, int]:
+    return entry.priority, entry.ticket
+
+
 class Group:
     """The waiting requests of one shape: a heap of (rank, ticket), some of them already gone, and what of it still waits."""
 
@@ -43,14 +47,13 @@ class Group:
 class Waitlist(Generic[T]):
     """An empty list. `waiting` counts samples, `level_samples` the same by priority, `groups` holds only shapes that wait."""
 
-    __slots__ = ("_due", "_levels", "entries", "groups", "level_samples", "waiting")
+    __slots__ = ("_due", "entries", "groups", "level_samples", "waiting")
 
     def __init__(self) -> None:
         self.waiting = 0
         self.entries: dict[int, Entry[T]] = {}
         self.groups: dict[Hashable, Group] = {}
         self.level_samples = [0] * PRIORITIES
-        self._levels: list[dict[int, None]] = [{} for _ in range(PRIORITIES)]
         self._due: list[tuple[float, int]] = []
 
     def insert(self, entry: Entry[T], due: float) -> None:
@@ -62,7 +65,6 @@ class Waitlist(Generic[T]):
         group.count += 1
         group.samples += entry.size
         self.entries[entry.ticket] = entry
-        self._levels[entry.priority][entry.ticket] = None
         self.level_samples[entry.priority] += entry.size
         self.waiting += entry.size
         if due != inf:
@@ -71,7 +73,6 @@ class Waitlist(Generic[T]):
     def remove(self, entry: Entry[T]) -> None:
         """Forget an entry that waits."""
         del self.entries[entry.ticket]
-        del self._levels[entry.priority][entry.ticket]
         self.level_samples[entry.priority] -= entry.size
         self.waiting -= entry.size
         group = self.groups[entry.shape]
@@ -105,11 +106,9 @@ class Waitlist(Generic[T]):
             heappop(due)
         return due[0][0] if due else None
 
-    def worst_first(self) -> Iterator[Entry[T]]:
-        """The youngest of the worst level first; do not change the list meanwhile."""
-        for level in reversed(self._levels):
-            for ticket in reversed(level):
-                yield self.entries[ticket]
+    def worst_first(self) -> list[Entry[T]]:
+        """The youngest of the worst level first; O(n log n), for the few times that somebody may be displaced."""
+        return sorted(self.entries.values(), key=_worst, reverse=True)
 
     def pop_due(self, now: float) -> Entry[T] | None:
         """Remove and return one entry whose due time has come; None if there is none."""

@@ -68,7 +68,7 @@ def test_the_crossing_is_where_phi_reaches_the_threshold(gaps: list[float]) -> N
 
 @given(st.lists(st.floats(3.4, 6.5), min_size=1, max_size=300))
 def test_patience_follows_the_window(gaps: list[float]) -> None:
-    """Mean and deviation are those of the last intervals that ended no suspicion, with a floor under the deviation; rounding does not add up."""
+    """Mean and deviation are those of the last intervals that ended no suspicion, with a floor under both; rounding does not add up."""
     suspicion, at, learned = Suspicion(5.0, window=5), 0.0, list[float]()
     suspicion.heard(at)
     for gap in gaps:
@@ -77,7 +77,19 @@ def test_patience_follows_the_window(gaps: list[float]) -> None:
             learned.append(gap)
         suspicion.heard(at)
         if kept := learned[-5:]:
-            assert suspicion.patience_s == pytest.approx(fmean(kept) + y_of(THRESHOLD) * max(0.5, pstdev(kept)), abs=1e-6)
+            assert suspicion.patience_s == pytest.approx(max(5.0, fmean(kept)) + y_of(THRESHOLD) * max(0.5, pstdev(kept)), abs=1e-6)
+
+
+def test_heartbeats_that_come_bunched_do_not_make_the_kept_interval_suspect() -> None:
+    """A young window that saw only a bunch (held up on a slow line) still grants the promised interval, and learns again."""
+    suspicion, at = Suspicion(5.0), 10.0
+    for _ in range(3):
+        suspicion.heard(at)
+        at += 0.01
+    for _ in range(20):
+        at += 5.0
+        assert at < suspicion.crosses_at
+        suspicion.heard(at)
 
 
 def test_a_jittery_link_gets_more_patience_than_a_calm_one() -> None:

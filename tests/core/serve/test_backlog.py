@@ -11,6 +11,7 @@ from appliance.contract.errors import TheirsError
 from appliance.contract.vocabulary import Outcome
 from appliance.core.serve.backlog import AGEING_S, Admitted, Backlog, Refused
 from appliance.core.serve.pace import Pace
+from appliance.core.serve.patience import STRIKES
 from appliance.core.serve.waitlist import Entry
 
 LINEAR = Pace(tuple(0.010 * n for n in range(9)), batch=1, measured=True)
@@ -314,16 +315,31 @@ def test_memory_follows_what_waits_not_what_ever_came() -> None:
 
 
 def test_a_caller_deaf_to_refusals_is_told_only_when_its_hint_has_passed() -> None:
-    """After four early returns in a row `hold` is said; each admission forgives half of them."""
+    """After `STRIKES` early returns in a row `hold` is said; each admission forgives half of them."""
     backlog: Backlog[str] = Backlog(1)
     for item in ("a", "b"):
         assert isinstance(backlog.offer(item, 0.0), Admitted)
-    told = [backlog.offer("rude", 0.001 * early, caller="x") for early in range(7)]
-    assert [isinstance(each, Refused) and each.hold for each in told] == [False] * 4 + [True] * 3
+    told = [backlog.offer("rude", 1e-4 * early, caller="x") for early in range(STRIKES + 3)]
+    assert [isinstance(each, Refused) and each.hold for each in told] == [False] * STRIKES + [True] * 3
     assert isinstance(backlog.offer("other", 0.007, caller="y"), Refused)
     assert not getattr(backlog.offer("other", 0.008, caller="y"), "hold", True), "another caller's manners are its own"
     assert backlog.take(1.0, 2)
     assert isinstance(backlog.offer("rude", 2.0, caller="x"), Admitted)
     assert isinstance(backlog.offer("c", 2.0), Admitted)
-    again = [backlog.offer("rude", 2.0 + 0.001 * early, caller="x") for early in range(4)]
-    assert [isinstance(each, Refused) and each.hold for each in again] == [False, True, True, True], "six strikes less half, and one more"
+    left = (STRIKES + 2) // 2
+    again = [backlog.offer("rude", 2.0 + 1e-4 * early, caller="x") for early in range(STRIKES)]
+    assert [isinstance(each, Refused) and each.hold for each in again].index(True) == STRIKES - left
+
+
+def test_what_would_miss_its_slo_is_refused_but_what_was_admitted_is_not_expired_by_it() -> None:
+    """An SLO decides on arrival only: nothing expires by it, and a deadline still does."""
+    backlog: Backlog[str] = Backlog(2)
+    backlog.pace = Pace((0.0, 0.1, 0.2), 1, measured=True)
+    assert isinstance(backlog.offer("a", 0.0, slo=0.15), Admitted)
+    late = backlog.offer("b", 0.0, slo=0.15)
+    assert isinstance(late, Refused)
+    assert (late.reason, late.retry_after_s) == (Outcome.DEADLINE, pytest.approx(0.05))
+    assert backlog.deadline() is None
+    assert backlog.expire(10.0) == []
+    assert isinstance(backlog.offer("c", 10.0, deadline=10.5, slo=10.3), Admitted)
+    assert backlog.deadline() == pytest.approx(10.4)

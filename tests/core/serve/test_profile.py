@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from appliance.contract.errors import TheirsError
 from appliance.contract.vocabulary import Mode
 from appliance.core.serve.board import BoardProfile, ModelCost, bound_by, parse_board, roofline_s
-from appliance.core.serve.profile import TRIES, WEIGHT, Estimate, Profile, best_batch
+from appliance.core.serve.profile import AGAIN, TRIES, WEIGHT, Estimate, Profile, best_batch
 
 BOARDS = sorted((Path(__file__).parents[3] / "bsp" / "jetson" / "profiles").glob("*.toml"))
 COST = ModelCost(flops=1.2e9, weight_bytes=11e6, activation_bytes=4e6, precision="fp16")
@@ -227,3 +227,37 @@ def test_a_size_that_never_ran_is_tried_before_it_is_ruled_out() -> None:
     slow = Profile(8)
     slow.observe(Mode.FULL, 1, 0.030)
     assert getattr(slow.pace(Mode.FULL, 0.15), "batch", None) == 2, "a size that the guess puts beyond half of the SLO is not tried"
+
+
+def test_a_size_that_was_measured_in_a_bad_moment_is_tried_anew() -> None:
+    """Eight were once as slow as a storm made them: when the fours have run long enough, eights come back, and a good measurement frees them."""
+    profile = fed({1: 1.0e-3, 4: 1.1e-3, 8: 9e-3})
+
+    def aimed_at() -> int:
+        pace = profile.pace(Mode.FULL, 0.15)
+        assert pace is not None
+        return pace.batch
+
+    assert aimed_at() == 4
+    asked = [profile.observe(Mode.FULL, 4, 1.1e-3) for _ in range(AGAIN + 10)]
+    assert any(asked), "somebody must be told to look again"
+    assert aimed_at() == 8
+    for _ in range(TRIES):
+        profile.observe(Mode.FULL, 8, 1.2e-3)
+    assert aimed_at() == 8
+    assert profile.predict(Mode.FULL, 8) == pytest.approx(1.2e-3)
+
+
+def test_what_is_truly_slow_is_ruled_out_again() -> None:
+    """A CPU that gains nothing by batches is asked three times, of the next size only, and left alone."""
+    profile = fed({1: 5e-3, 2: 11e-3, 4: 22e-3, 8: 45e-3})
+    for _ in range(AGAIN + 10):
+        profile.observe(Mode.FULL, 1, 5e-3)
+    tried = profile.pace(Mode.FULL, 0.15)
+    assert tried is not None
+    assert tried.batch == 2
+    for _ in range(TRIES):
+        profile.observe(Mode.FULL, 2, 11e-3)
+    left = profile.pace(Mode.FULL, 0.15)
+    assert left is not None
+    assert left.batch == 1
