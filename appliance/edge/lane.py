@@ -149,11 +149,24 @@ class Lane:
         for entry in offered.displaced:
             _fail(entry, refusal(Outcome.BACKLOG_FULL, self.backlog.retry_after_s(arrived)))
         self._gather()
+        timer = self._alarm(waiting, deadline) if request.tags.timeout_s else None
         try:
             return await waiting.answer
         except asyncio.CancelledError:
             self.backlog.cancel(offered.ticket)
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _alarm(self, waiting: Waiting, deadline: float) -> asyncio.TimerHandle:
+        """Tell a caller who named a time when it is over, also while its batch runs: the batch goes on for the others."""
+
+        def over() -> None:
+            if not waiting.answer.done():
+                waiting.answer.set_exception(refusal(Outcome.DEADLINE, None))
+
+        return asyncio.get_running_loop().call_later(max(0.0, deadline - self._hands.clock.monotonic()), over)
 
     async def _later(self, request: Request, deadline: float, after_s: float) -> Answer:
         """Keep a caller back who is deaf to refusals, until its hint has passed or its time is over; then treat it like anybody."""

@@ -4,6 +4,7 @@ How well it is connected is the verdict of `daily.hop` on the hop to the region.
 """
 
 import asyncio
+import secrets
 from collections.abc import Callable
 
 import structlog
@@ -51,7 +52,7 @@ class Reaching:
         self._state = state
         self._started = clock.monotonic()
         self._seq = 0
-        self._born = f"{clock.wall():.3f}"
+        self._born = secrets.token_hex(8)
         self._event_seq = 0
         self._log = structlog.get_logger()
         self.say: Callable[[str], None] = lambda _text: None

@@ -95,8 +95,8 @@ def machine() -> str:
     return platform.machine()
 
 
-def settle(scratch: Path, card: ModelCard, taken: Mapping[Mode, Candidate]) -> None:
-    """Give the chosen files their names in the bundle, drop the others, and write the card. Raises: WorldError (`disk`)."""
+def settle(scratch: Path, card: ModelCard, taken: Mapping[Mode, Candidate]) -> ModelCard:
+    """Give the chosen files their names in the bundle, drop the others, write the card and return it as written. Raises: WorldError (`disk`)."""
     kept = {FULL, CARD}
     try:
         for mode, candidate in taken.items():
@@ -107,8 +107,10 @@ def settle(scratch: Path, card: ModelCard, taken: Mapping[Mode, Candidate]) -> N
                 path.unlink()
     except OSError as error:
         raise _disk(scratch, error) from error
-    graphs.write_bytes(scratch / CARD, cards.written(_counted(scratch, card)).encode())
+    counted = _counted(scratch, card)
+    graphs.write_bytes(scratch / CARD, cards.written(counted).encode())
     cards.read(scratch / CARD)
+    return counted
 
 
 def _counted(scratch: Path, card: ModelCard) -> ModelCard:

@@ -30,7 +30,20 @@ __all__ = ["Case", "Order", "Report", "build", "cached"]
 KEY = "bundle.key"
 """Beside a cached bundle: what it was built from."""
 
-_CODE = ("bundle", "candidates", "counting", "cutting", "graphs", "judging", "jury", "quantised", "samples", "variants", "weighing", "windowed")
+_CODE = (
+    "bundle",
+    "candidates",
+    "counting",
+    "cutting",
+    "graphs",
+    "judging",
+    "jury",
+    "quantised",
+    "samples",
+    "variants",
+    "weighing",
+    "windowed",
+)
 
 Say = Callable[[str], None]
 
@@ -66,7 +79,7 @@ def build(model: Path, sample_set: Path, out: Path, order: Order | None = None, 
         card = bundle.composed(asked, everything, missing, facts, taken.example_shapes)
         chosen = {mode: each.name for mode, each in bundle.chosen(everything).items()}
         sizes = {name: each.path.stat().st_size for name, each in built.items()} | {"full": path.stat().st_size}
-        bundle.settle(scratch, card, {mode: built[name] for mode, name in chosen.items()})
+        card = bundle.settle(scratch, card, {mode: built[name] for mode, name in chosen.items()})
     return Report(card, everything, chosen, sizes)
 
 

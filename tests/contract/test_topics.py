@@ -51,7 +51,9 @@ def test_no_reference_dangles() -> None:
 
 def test_every_message_is_one_of_the_contract() -> None:
     """The document names no message that the code does not have (Chunk and Frame are raw bytes)."""
-    known = {name for module in (attest, codec, deferral, models, prices, vitals) for name, _ in inspect.getmembers(module, inspect.isclass)}
+    known = {
+        name for module in (attest, codec, deferral, models, prices, vitals) for name, _ in inspect.getmembers(module, inspect.isclass)
+    }
     assert set(DOCUMENT["components"]["messages"]) - {"Chunk", "Frame"} <= known
 
 

@@ -246,3 +246,17 @@ async def test_a_compiled_batch_is_filled_up_and_each_caller_gets_only_its_rows(
     answer = await serving.infer(Request("", "m", {"x": np.arange(6, dtype=np.float32).reshape(3, 2)}))
     assert engine.batches == [4]
     assert answer.outputs["y"].tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+
+
+async def test_a_named_time_is_kept_while_the_batch_runs(desk: Parts) -> None:
+    """The caller is told at its deadline, not when the worker returns; who shares the batch and named no time gets its answer."""
+    serving, engine, meter = desk
+    engine.gate.clear()
+    patient = asyncio.create_task(serving.infer(request(1.0)))
+    started = asyncio.get_running_loop().time()
+    with pytest.raises(WorldError, match="in time"):
+        await serving.infer(request(2.0, timeout_s=0.1))
+    assert asyncio.get_running_loop().time() - started < 0.5
+    engine.gate.set()
+    assert float((await patient).outputs["y"][0, 0]) == 2.0
+    assert Outcome.DEADLINE in meter.outcomes

@@ -34,7 +34,8 @@ from appliance.contract.deferral import (
 )
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
 
-RESULTS_BYTES = 16 * 1_048_576
+RESULTS_BYTES = 96 * 1_048_576
+"""Answers that are kept to be fetched; beyond it the oldest go, fetched or not, and say so. Some 180 label readings of half a MiB."""
 ROW_BYTES = 256
 """What a row costs beside its payload, key and id: columns and six index entries, measured 180 to 300 bytes."""
 _FORGET = 64
