@@ -29,6 +29,8 @@ from appliance.contract.frames import MAX_MESSAGE_BYTES, SOCKET
 from appliance.contract.openinference import parse
 from tests.fakes.desk import DoublingDesk
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 PAGE = 4096
 BOUNDS = Bounds(header_timeout_s=0.3, close_s=0.2, lenders=3, regions=2, region_bytes=4 * PAGE, all_regions=3, all_regions_bytes=5 * PAGE)
 X = np.array([[0.5, -2.5, 3.0, 7.0]], np.float32)

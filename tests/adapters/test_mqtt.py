@@ -20,6 +20,8 @@ from appliance.contract.errors import OursError, TheirsError, WorldError
 from appliance.ports import Inbound, Link
 from tests.fakes.private_region import AGGREGATOR, BROKER, CLOUD, REGION, PrivateRegion, answers, device, until
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 JETSON = device("jetson-1")
 OTHER = device("jetson-2")
 VITALS = topics.vitals(REGION, "jetson-1")

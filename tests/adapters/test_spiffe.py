@@ -17,6 +17,8 @@ from appliance.contract.errors import WorldError
 from appliance.lab.authority import Authority, Svid
 from tests.fakes.private_region import AGGREGATOR, BROKER, PrivateRegion, device, until
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 JETSON = device("jetson-1")
 
 

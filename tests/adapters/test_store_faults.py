@@ -29,6 +29,8 @@ from appliance.contract.deferral import Bounds, Overflow, Parcel, Policy, Rules,
 from appliance.contract.errors import WorldError
 from appliance.core.reach.bounds import admit
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 RULES = Rules(
     {
         "request": Policy(Overflow.REJECT, 64 << 20),

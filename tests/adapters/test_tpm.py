@@ -33,6 +33,8 @@ from appliance.lab import softtpm
 from appliance.ports import SealedKey
 from tests.fakes.soft_tpm import Region, Software, attest, enrol, held, opened, refused
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 
 @pytest.fixture(scope="module")
 def software() -> Iterator[Software]:

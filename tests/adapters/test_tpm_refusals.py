@@ -39,6 +39,8 @@ from appliance.lab import softtpm
 from appliance.ports import SealedKey
 from tests.fakes.soft_tpm import Region, Software, attest, counted, enrol, held, lease_refused, leased, open_kept, opened, wire
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 
 @pytest.fixture(scope="module")
 def software() -> Iterator[Software]:

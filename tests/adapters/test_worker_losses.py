@@ -23,6 +23,8 @@ from appliance.adapters.inference.workers import Workers
 from appliance.contract.errors import OursError, TheirsError, WorldError
 from appliance.contract.vocabulary import Platform
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 ROOT = Path(__file__).parent.parent.parent
 READER = ROOT / "build/models/label-reader.onnx"
 DETECTOR = ROOT / "build/models/face-detector.tflite"

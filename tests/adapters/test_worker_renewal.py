@@ -21,6 +21,8 @@ from appliance.contract.errors import TheirsError, WorldError
 from appliance.contract.vocabulary import Platform
 from appliance.core.serve.renewal import Holding, Renewal
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 ROOT = Path(__file__).parent.parent.parent
 READER = ROOT / "build/models/label-reader.onnx"
 X = np.ones((3, 4), np.float32)

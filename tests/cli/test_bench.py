@@ -18,6 +18,8 @@ from appliance.contract.errors import TheirsError
 from appliance.workshop import bench_soak, report
 from tests.fakes.desk import DoublingDesk
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 
 @pytest.fixture
 def server() -> Iterator[str]:

@@ -14,6 +14,8 @@ from appliance.client.exchange import address
 from appliance.client.frames import Frame, Lender
 from appliance.contract.errors import TheirsError
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 ClientOf = Callable[..., Any]
 VALUES = np.arange(8, dtype=np.float32).reshape(2, 4)
 

@@ -30,6 +30,8 @@ from tests.fakes.private_region import AGGREGATOR, BROKER, REGION, PrivateRegion
 from tests.fleet.conftest import Condition, running
 from tests.fleet.conftest import until as until_async
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 JETSON = device("jetson-1")
 OTHER = device("jetson-2")
 VITALS = topics.vitals(REGION, "jetson-1")

@@ -18,6 +18,8 @@ from appliance.workshop.load import Group, Manners, closed_loop, closed_loops, o
 from appliance.workshop.load_http import Address, HttpAsker, address, request
 from appliance.workshop.load_timer import Alarm
 
+pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
+
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 HINTED = b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nRetry-After-Ms: 50\r\nContent-Length: 0\r\n\r\n"
 BARE = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
