@@ -50,7 +50,7 @@ class SessionSettings:
         connect_timeout_s: for TCP, TLS and CONNACK together, roughly; 0.1 to 60.
         keepalive_s: silence after which a ping is sent, and a missing answer ends the session; whole seconds, 1 to 600.
         session_expiry_s: how long the broker keeps queue and subscriptions of an absent client; `FOR_EVER` spares the broker its list of
-            sessions that expire, in which mosquitto 2.0.11 uses freed memory once clients of one name have come again (`make chaos` found it).
+            sessions that expire: mosquitto 2.0.11 aborted there once clients of one name had come again (seen in a chaos run; the cause is inferred).
         inflight: QoS 1 messages under way in each direction; at most the broker's `max_inflight_messages`.
         packet_bytes: the largest packet that we accept.
     """
