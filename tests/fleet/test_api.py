@@ -143,4 +143,5 @@ async def test_the_same_model_is_served_over_grpc_with_the_same_bits() -> None:
 
         same, told = await asyncio.to_thread(ask)
         assert same
-        assert (told["mode"], told["route"], told["why"]) == ("A", "edge", "nothing presses")
+        assert (told["mode"], told["route"]) == ("A", "edge")
+        assert told["why"].startswith("nothing presses")
