@@ -25,6 +25,8 @@ from appliance.edge.tally import Tally
 from appliance.ports import Clock, Engine
 
 WARM_RUNS = 3
+SLO_SHARE = 0.85
+"""Admission aims below the SLO: at all of it, half of what is admitted last is late (measured at 120 % load: p99 178 ms for an SLO of 150)."""
 HELD_MOST = 256
 """Refusals that may be kept back at a time; each holds its request's body."""
 
@@ -292,7 +294,7 @@ class Lane:
     def _repace(self) -> None:
         slo_s = self._hands.slo_s
         pace = self.backlog.pace = self._profile.pace(self.mounted.mode, slo_s, self._hands.pool.size)
-        self._slo_s = slo_s if pace is not None and pace.seconds(1) <= slo_s / 2 else inf
+        self._slo_s = slo_s * SLO_SHARE if pace is not None and pace.seconds(1) <= slo_s / 2 else inf
 
     def _tell(self, batch: Dispatch[Waiting], outputs: Mapping[str, Array]) -> None:
         start, mounted, cost = 0, self.mounted, self.cost

@@ -14,7 +14,8 @@ API, in the order in which a loop uses it (`Pace` is in `pace`, `Entry` in `wait
    could be, or None where even an idle device is too slow. Requests of a worse level do not count as ahead.
 4. Deadlines expire by a timer at the latest start that could still be in time, not at dequeue (Triton #7512 shows why).
 5. A caller that returns before its hint has passed finds only half of the places (`patience`); the worker never idles for it. One that does it
-   again and again should be told only when its hint has passed (`Refused.hold`), and may then be offered once more.
+   again and again should be told only when its hint has passed (`Refused.hold`), and may then be offered once more. While somebody waits a hint out,
+   who never waited gives way above half: else those who were just answered would keep all places among themselves.
 6. Only equal shapes batch; a request with a batch of its own stays whole. Cancelled and expired ones are forgotten in O(1).
 """
 
@@ -111,10 +112,8 @@ class Backlog(Generic[T]):
         if not 1 <= size <= self.max_batch:
             raise TheirsError("batch_size", f"a batch of {size}, expected 1 to {self.max_batch}", remedy="split the request")
         line = self._line
-        if caller is not None and line.waiting + size > self.max_batch:
-            held = self._patience.remaining_s((caller, priority), now)
-            if held:
-                return Refused(Outcome.BACKLOG_FULL, held, self._patience.deaf((caller, priority)))
+        if caller is not None and line.waiting + size > self.max_batch and (told := self._manners((caller, priority), size, now)):
+            return told
         late = self._late_s(now, min(deadline, slo), size, shape, priority)
         if late > 0:  # the others who were refused come back too: not before half of the places are free
             after_s = late if late == inf else max(late, self.retry_after_s(now, size))
@@ -132,6 +131,16 @@ class Backlog(Generic[T]):
         if caller is not None:
             self._patience.admitted((caller, priority))
         return Admitted(ticket, displaced)
+
+    def _manners(self, who: tuple[Hashable, int], size: int, now: float) -> Refused | None:
+        """Above half of the places: who came back too early is refused, and who did not wait gives way to those who do (rule 5)."""
+        patience = self._patience
+        waited, held = patience.waited(who), patience.remaining_s(who, now)
+        if held:
+            return Refused(Outcome.BACKLOG_FULL, held, patience.deaf(who))
+        if waited or not patience.others_wait(now):
+            return None
+        return self._refuse(Outcome.BACKLOG_FULL, self.retry_after_s(now, size), now, *who)
 
     def cancel(self, ticket: int) -> Entry[T] | None:
         """Forget a waiting request and return it; None if it no longer waits."""

@@ -180,7 +180,7 @@ def test_cancelled_requests_cost_nothing_and_free_their_place() -> None:
 
 
 def test_an_early_returner_finds_only_half_of_the_places() -> None:
-    """Who was refused and comes back before the hint finds room only below half; after the hint it is as good as anybody."""
+    """Who was refused and comes back before the hint finds room only below half; after the hint it goes before who never waited."""
     backlog = Backlog[str](4)
     backlog.pace = LINEAR
     for index in range(8):
@@ -190,8 +190,12 @@ def test_an_early_returner_finds_only_half_of_the_places() -> None:
     backlog.take(0.0, 3)
     early = refused(backlog.offer("pushy", 0.001, caller="pushy"))
     assert early.retry_after_s == pytest.approx(hint - 0.001)
-    admitted(backlog, "polite", 0.001, caller="polite")
+    fresh = refused(backlog.offer("fresh", 0.001, caller="fresh"))
+    assert fresh.retry_after_s is not None
+    admitted(backlog, "nameless", 0.001)
     admitted(backlog, "pushy", hint + 0.001, caller="pushy")
+    assert fresh.retry_after_s < hint
+    admitted(backlog, "fresh", hint + 0.002, caller="fresh")
 
 
 def test_an_early_returner_is_served_rather_than_a_worker_left_idle() -> None:
