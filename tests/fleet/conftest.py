@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import shutil
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,9 @@ from appliance.lab.daemon import Device, Lab, Plan
 from appliance.lab.site import claim
 from appliance.lab.spire import programs
 
-MODEL = Path(__file__).parent.parent.parent / "build/models/label-reader.onnx"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "build/models/label-reader.onnx"
+BUNDLE = ROOT / "build/models/label-reader.bundle"
 
 Condition = Callable[[], Awaitable[bool]]
 Settings = Mapping[str, Mapping[str, object]]
@@ -27,6 +30,13 @@ def spire() -> Path:
         return programs()
     except WorldError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Path:
+    """The label reader's bundle of variants, which the lab serves unless told otherwise; built once per machine (half a minute)."""
+    subprocess.run([ROOT / "scripts/build-variants"], check=True, cwd=ROOT)
+    return BUNDLE
 
 
 @contextlib.asynccontextmanager

@@ -3,7 +3,6 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +13,13 @@ from appliance.client.results import Deferred
 from appliance.client.retrying import ONCE
 from appliance.contract.inference import Tags
 from appliance.lab.daemon import Device, Lab
-from tests.fleet.conftest import Condition, log_has, reads, running, until
+from tests.fleet.conftest import ROOT, Condition, log_has, reads, running, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-ROOT = Path(__file__).parents[2]
-BUNDLE = ROOT / "build/models/label-reader.bundle"
 QUICK = {"modes": {"calm_s": 1.5, "relapse_s": 2.0}, "reach": {"cloud_deadline_ms": 2_000.0}}
 """Patience for a test; and a deadline for the cloud that a loaded machine, where it is a process beside the device, can keep."""
 X = np.zeros((1, 3, 48, 160), np.float32)
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Iterator[Path]:
-    """The label reader's bundle of variants, built once per machine (half a minute)."""
-    subprocess.run([ROOT / "scripts/build-variants"], check=True, cwd=ROOT)
-    return BUNDLE
 
 
 def lab(world: Lab, *words: str) -> None:

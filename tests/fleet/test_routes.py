@@ -21,12 +21,10 @@ from appliance.contract.errors import ApplianceError
 from appliance.contract.inference import Tags
 from appliance.lab.daemon import Device, Lab, Plan
 from appliance.lab.site import claim
-from tests.fleet.conftest import Condition, log_has, until
+from tests.fleet.conftest import ROOT, Condition, log_has, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
-ROOT = Path(__file__).parents[2]
-BUNDLE = ROOT / "build/models/label-reader.bundle"
 MODEL = "label-reader"
 SETTINGS = {
     "reach": {"cloud_deadline_ms": 2_000.0},
@@ -38,13 +36,12 @@ X = np.linspace(-1, 1, 3 * 48 * 320, dtype=np.float32).reshape(1, 3, 48, 320)
 
 
 @contextlib.asynccontextmanager
-async def fleet() -> AsyncIterator[Lab]:
+async def fleet(model: Path) -> AsyncIterator[Lab]:
     """Two devices that nobody asks but this test, and a cloud that says what it computes."""
-    await asyncio.to_thread(subprocess.run, [ROOT / "scripts/build-variants"], check=True, cwd=ROOT)
     folder = Path(tempfile.mkdtemp(prefix="ap-", dir="/tmp"))
     try:
         async with contextlib.AsyncExitStack() as stack:
-            plan = Plan(devices=2, model=BUNDLE, rate_per_s=0, settings=SETTINGS, cloud_settings={"log": {"level": "debug"}})
+            plan = Plan(devices=2, model=model, rate_per_s=0, settings=SETTINGS, cloud_settings={"log": {"level": "debug"}})
             lab = Lab(claim(folder / "lab"), plan, stack)
             await lab.open()
             yield lab
@@ -145,9 +142,9 @@ async def answered_by_the_cloud(lab: Lab) -> None:
         assert computed(lab) == before
 
 
-async def test_routes() -> None:
+async def test_routes(bundle: Path) -> None:
     """The neighbour first, while both are well; then the first device is pressed into mode D."""
-    async with fleet() as lab:
+    async with fleet(bundle) as lab:
         await helped_by_a_neighbour(lab)
         await answered_by_the_cloud(lab)
         assert await log_has(lab.devices[0], '"priced"')()
