@@ -27,8 +27,8 @@ from tuf.api.exceptions import (
 )
 
 # The library builds `__all__` from `Name.__name__`, which mypy cannot read: the imports are public all the same.
-from tuf.api.metadata import Metadata, Targets  # type: ignore[attr-defined]
-from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]
+from tuf.api.metadata import Metadata, Targets  # type: ignore[attr-defined]  # tuf re-exports them without saying so
+from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]  # as above
 
 from appliance.contract.codec import decode
 from appliance.contract.errors import TheirsError, WorldError

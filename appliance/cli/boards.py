@@ -2,12 +2,10 @@
 
 import json
 import socket
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from appliance.contract.errors import TheirsError, WorldError
-from appliance.core.serve.board import BoardProfile, parse_board
+from appliance.daily.naming import read_profile
 from appliance.edge.settings import Edge
 
 TIMEOUT_S = 3.0
@@ -16,7 +14,7 @@ ANSWER_MAX = 4 << 20
 
 def explain(settings: Edge) -> Iterator[str]:
     """The board and each model's profile in words. Raises: TheirsError (`board_profile`), WorldError (`unreadable`)."""
-    board = read(settings.board.profile)
+    board = read_profile(settings.board.profile)
     if board is None:
         yield "board: no data is named in board.profile; latencies rest on measurement alone"
         yield "  mend: name one of bsp/jetson/profiles, or measure this machine with `appliance check --profile --measure FILE`"
@@ -36,18 +34,6 @@ def explain(settings: Edge) -> Iterator[str]:
         yield from (f"  {line}" for line in lines)
     if not profiles:
         yield "models: none is served yet"
-
-
-def read(path: str) -> BoardProfile | None:
-    """A board's data; None where no file is named. Raises: TheirsError (`board_profile`), WorldError (`unreadable`)."""
-    if not path:
-        return None
-    try:
-        return parse_board(tomllib.loads(Path(path).read_text()), path)
-    except OSError as error:
-        raise WorldError("unreadable", f"cannot be read: {error.strerror}", where=path, remedy="correct board.profile") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TheirsError("board_profile", f"not TOML: {error}", where=path, remedy="take one of bsp/jetson/profiles") from error
 
 
 def running(path: Path) -> dict[str, list[str]]:

@@ -31,6 +31,7 @@ from appliance.core.reach.deferral import POLICIES
 from appliance.core.reach.partition import PartitionSettings
 from appliance.core.serve.board import BoardProfile
 from appliance.core.serve.degradation import DegradationSettings
+from appliance.daily import naming
 from appliance.daily.delivering import Delivering
 from appliance.daily.hop import Hop
 from appliance.daily.pulse import Loop, Pulse
@@ -112,7 +113,7 @@ class _Device:
         self.store = await opening.open_store(settings, stack)
         self.engine = await opening.open_engine(settings, stack, self._lost)
         delivering = self._reach()
-        profile = await asyncio.to_thread(opening.read_profile, settings.board.profile)
+        profile = await asyncio.to_thread(naming.read_profile, settings.board.profile)
         times = DegradationSettings(**msgspec.structs.asdict(settings.modes))
         self._serve(Policy(settings.serve.max_batch, times, settings.serve.standby, profile))
         board = self._watch(delivering, profile)
@@ -136,7 +137,7 @@ class _Device:
     def _watch(self, delivering: Delivering, profile: BoardProfile | None) -> Board:
         """The board, what is said of it, and who guards it."""
         settings = self.settings
-        board = opening.open_board(settings, self.clock, self.serving.utilisation)
+        board = opening.open_board(settings, self.clock, self.serving.utilisation, self.stack)
         self.reaching = Reaching(
             self.link,
             self.clock,
@@ -252,7 +253,7 @@ class _Device:
         )
         trusting.tell = self.reaching.tell
         self.serving.hint = lambda: trusting.hint
-        root = await asyncio.to_thread(opening.read, Path(settings.tuf_root), "trust.tuf_root")
+        root = await asyncio.to_thread(naming.read, Path(settings.tuf_root), "trust.tuf_root")
         corridor = Corridor(TrustedMetadata(self.state / "metadata", root), depot, Sealed(), board)
         changing = Changing(
             self.link,

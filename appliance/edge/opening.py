@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 from appliance.adapters.board_generic import GenericBoard
 from appliance.adapters.board_jetson import JetsonBoard
+from appliance.adapters.board_jtop import open_jtop
 from appliance.adapters.board_sim import ReplayBoard, SimBoard
 from appliance.adapters.clock import SystemClock
 from appliance.adapters.inference.backend import Options
@@ -22,50 +22,34 @@ from appliance.adapters.spiffe import WorkloadIdentity
 from appliance.adapters.store import Store
 from appliance.contract import identities, topics
 from appliance.contract.deferral import Bounds, Rules
-from appliance.contract.errors import TheirsError, WorldError
+from appliance.contract.errors import WorldError
 from appliance.contract.vocabulary import Outcome
 from appliance.core.reach import bounds
 from appliance.core.reach.deferral import POLICIES
 from appliance.core.serve import tegrastats
-from appliance.core.serve.board import BoardProfile, parse_board
 from appliance.core.serve.renewal import Holding
+from appliance.daily import naming
 from appliance.edge.settings import Edge
 from appliance.ports import Board, Counter, Desk
 
 IDENTITY_TIMEOUT_S = 20.0
 
 
-def open_board(settings: Edge, clock: SystemClock, load: Callable[[], float]) -> Board:
-    """The board that the settings name; `load` (0..1) is what heats a simulated one. Raises: WorldError (`sim.replay`)."""
+def open_board(settings: Edge, clock: SystemClock, load: Callable[[], float], stack: contextlib.AsyncExitStack) -> Board:
+    """The board that the settings name; `load` (0..1) is what heats a simulated one. Raises: WorldError (`sim.replay`, `jtop`)."""
     match settings.board.kind:
         case "jetson":
             return JetsonBoard(GenericBoard())
+        case "jtop":
+            board = open_jtop(JetsonBoard(GenericBoard()), settings.board.interval_s)
+            stack.callback(board.close)
+            return board
         case "sim" if settings.sim.replay:
-            return ReplayBoard(tegrastats.readings(read(Path(settings.sim.replay), "sim.replay").decode()), clock.monotonic)
+            return ReplayBoard(tegrastats.readings(naming.read(Path(settings.sim.replay), "sim.replay").decode()), clock.monotonic)
         case "sim":
             return SimBoard.from_settings(settings.sim, clock.monotonic, load)
         case _:
             return GenericBoard()
-
-
-def read_profile(path: str) -> BoardProfile | None:
-    """The board's data; None if no file is named. Raises: WorldError (`unreadable`), TheirsError (`board_profile`)."""
-    if not path:
-        return None
-    try:
-        return parse_board(tomllib.loads(read(Path(path), "board.profile").decode()), path)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TheirsError("board_profile", f"not TOML: {error}", where=path, remedy="take one of bsp/jetson/profiles") from error
-
-
-def read(path: Path, setting: str) -> bytes:
-    """The bytes of a file that a setting names. Raises: WorldError (`unreadable`)."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise WorldError(
-            "unreadable", f"cannot be read: {error.strerror}", where=str(path), remedy=f"put the file there, or correct {setting}"
-        ) from error
 
 
 async def open_link(settings: Edge, stack: contextlib.AsyncExitStack) -> MqttLink:

@@ -13,6 +13,7 @@ import structlog
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
 from appliance.contract.inference import Answer, Promise, Request
 from appliance.contract.models import Manifest
+from appliance.contract.outcomes import refused
 from appliance.contract.vocabulary import Mode, Outcome
 from appliance.core.reach.affinity import Place
 from appliance.core.reach.routing import Decision
@@ -188,7 +189,7 @@ class Serving:
         try:
             answer = await self._answered(request, arrived)
         except ApplianceError as error:
-            self._hands.tally.failed(model, _outcome(error))
+            self._hands.tally.failed(model, refused(error))
             raise
         except asyncio.CancelledError:
             self._hands.tally.failed(model, Outcome.CANCELLED)
@@ -211,9 +212,8 @@ class Serving:
             if old is None:
                 raise
             kept = old.answer
-            return Answer(
-                request.id, kept.model, kept.version, kept.outputs, kept.mode, "no fresh answer", old.confidence, "stale", 0.0, old.age_s
-            )
+            worth = None if kept.confidence is None else old.confidence  # what was never measured is not claimed of an old answer either
+            return Answer(request.id, kept.model, kept.version, kept.outputs, kept.mode, "no fresh answer", worth, "stale", 0.0, old.age_s)
         size = sum(array.nbytes for array in answer.outputs.values())
         confidence = 1.0 if answer.confidence is None else answer.confidence
         self._stale.keep(key, answer, size, confidence, self._hands.clock.monotonic())
@@ -323,10 +323,3 @@ def _costly(request: Request) -> WorldError:
     """Nothing that is within the caller's limit can answer now."""
     what = f"no place answers for {request.tags.max_cost} dollars at most now"
     return WorldError("degraded", what, where=request.model, remedy="allow more, or ask later", retry_after_s=30.0)
-
-
-def _outcome(error: ApplianceError) -> Outcome:
-    try:
-        return Outcome(error.reason)
-    except ValueError:
-        return Outcome.MALFORMED if isinstance(error, TheirsError) else Outcome.INTERNAL

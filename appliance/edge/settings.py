@@ -106,7 +106,7 @@ class Trust(Section, frozen=True, kw_only=True):
 class Board(Section, frozen=True, kw_only=True):
     """Which sensors to read."""
 
-    kind: Annotated[Literal["generic", "sim", "jetson"], Meta(description="Where board readings come from")] = "generic"
+    kind: Annotated[Literal["generic", "sim", "jetson", "jtop"], Meta(description="Where board readings come from")] = "generic"
     profile: Annotated[
         str, Meta(description="Board data for the first guess of latencies: a file such as orin-nano-8gb.toml; empty for none")
     ] = ""

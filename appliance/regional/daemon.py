@@ -20,6 +20,7 @@ from appliance.contract.deferral import Rules
 from appliance.core.reach import bounds
 from appliance.core.reach.deferral import POLICIES
 from appliance.core.reach.partition import PartitionSettings
+from appliance.daily import naming
 from appliance.daily.hop import Hop, beat, pong
 from appliance.daily.pulse import Loop, Pulse
 from appliance.daily.service import serve
@@ -73,7 +74,7 @@ async def _loops(
 ) -> tuple[Hop, dict[str, Loop]]:
     """The hop to the cloud, and all loops by name. Raises: WorldError (`disk`, `unreadable`)."""
     name, state, reach = settings.region.name, Path(settings.region.state_dir), settings.reach
-    root = await asyncio.to_thread(opening.read, Path(settings.trust.tuf_root), "trust.tuf_root")
+    root = await asyncio.to_thread(naming.read, Path(settings.trust.tuf_root), "trust.tuf_root")
     metadata, secret = TrustedMetadata(state / "metadata", root), secrets.token_bytes(opening.SECRET_BYTES)
     relaying = Relaying(link, clock, Depot(state / "depot"), metadata, region=name, secret=secret, ask_timeout_s=reach.ask_timeout_s)
     records = Depot(state / "devices")

@@ -141,13 +141,3 @@ def read_roots(folder: Path) -> tuple[bytes, ...]:
     if not found:
         raise WorldError("ek_roots", "no CA certificate is here", where=str(folder), remedy="put the TPM makers' CA certificates there")
     return tuple(found)
-
-
-def read(path: Path, setting: str) -> bytes:
-    """The bytes of a file that a setting names. Raises: WorldError (`unreadable`)."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise WorldError(
-            "unreadable", f"cannot be read: {error.strerror}", where=str(path), remedy=f"put the file there, or correct {setting}"
-        ) from error

@@ -109,7 +109,7 @@ class Child:
                     self._trim()
                     self._resting = self._idle()
                 continue
-            self._answer(ask.id, lambda ask=ask, fd=fd: self._load(ask, fd))  # type: ignore[misc]
+            self._answer(ask.id, functools.partial(self._load, ask, fd))
 
     def _idle(self) -> bool:
         return time.monotonic() - self._ran_at >= self._rest_s

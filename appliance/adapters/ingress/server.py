@@ -45,6 +45,7 @@ from appliance.contract.openinference_catalog import (
     repository_index,
     server_metadata,
 )
+from appliance.contract.outcomes import turned_away
 from appliance.contract.vocabulary import Outcome
 from appliance.ports import Counter, Desk, Share
 
@@ -219,14 +220,7 @@ class Ingress:
 
     def _count(self, model: str, error: BaseException) -> None:
         """Tell of a request that the desk never saw; a caller's own text never becomes a label."""
-        outcome = Outcome.INTERNAL
-        if isinstance(error, TheirsError):
-            outcome = Outcome.MALFORMED
-        elif isinstance(error, WorldError):
-            outcome = Outcome.BACKLOG_FULL
-        elif isinstance(error, asyncio.CancelledError | ConnectionError):
-            outcome = Outcome.CANCELLED
-        self._refused(model if model in self._desk.models() else "-", outcome)
+        self._refused(model if model in self._desk.models() else "-", turned_away(error))
 
     async def _deferred(self, _request: web.BaseRequest, place: Place) -> Reply:
         return _rendered(await self._promises().fetch(place.model), Layout(default_binary=True))

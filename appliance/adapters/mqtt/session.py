@@ -256,7 +256,7 @@ class Session(aiomqtt.Client):
     def _on_message(self, client: Paho, userdata: Any, message: MQTTMessage) -> None:  # noqa: ARG002 - paho's signature
         self._deliver(self, Arrived(message.topic, bytes(message.payload), message.qos, message.mid, _terms(message.properties)))
 
-    def _on_publish(self, client: Paho, userdata: Any, mid: int, reason_code: ReasonCode, properties: Properties) -> None:  # noqa: ARG002
+    def _on_publish(self, client: Paho, userdata: Any, mid: int, reason_code: ReasonCode, properties: Properties) -> None:  # noqa: ARG002 - paho's signature
         done = self._sent.pop(mid, None)
         if done is not None and not done.done():
             done.set_result(reason_code.value)

@@ -27,6 +27,7 @@ from appliance.contract.admission import quoted
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
 from appliance.contract.inference import Promise, Request
 from appliance.contract.openinference_catalog import REPOSITORY_EXTENSION, Repository, check_open, is_open, refuse_overrides, state
+from appliance.contract.outcomes import turned_away
 from appliance.contract.vocabulary import Outcome
 from appliance.ports import Desk
 
@@ -149,14 +150,7 @@ class Rpc:
 
     def _count(self, model: str, error: BaseException) -> None:
         """Tell of a request that the desk never saw; a caller's own text never becomes a label."""
-        outcome = Outcome.INTERNAL
-        if isinstance(error, TheirsError):
-            outcome = Outcome.MALFORMED
-        elif isinstance(error, WorldError):
-            outcome = Outcome.DEADLINE if error.reason == "deadline" else Outcome.BACKLOG_FULL
-        elif isinstance(error, asyncio.CancelledError):
-            outcome = Outcome.CANCELLED
-        self._refused(model if model in self._desk.models() else "-", outcome)
+        self._refused(model if model in self._desk.models() else "-", turned_away(error))
 
     async def _server_live(self, _context: Context) -> bytes:
         return translation.reply("ServerLiveResponse", live=self._desk.live())
