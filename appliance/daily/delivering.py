@@ -16,8 +16,9 @@ from appliance.contract.codec import decode, encode
 from appliance.contract.deferral import Deferred, Dropped, Kind, Leased, Parcel, Receipt, Stored, Taken
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
 from appliance.contract.vocabulary import LinkState
-from appliance.core.reach.deferral import Bury, Failure, Policy, Retry, settle
+from appliance.core.reach.deferral import Failure, Policy, settle
 from appliance.core.reach.replay import ReplayPace
+from appliance.daily.settling import obey
 from appliance.ports import Clock, Link, Outbox
 
 KINDS = (Kind.RESULT, Kind.EVENT, Kind.TELEMETRY)
@@ -149,12 +150,7 @@ class Delivering:
         item = leased.item
         decided = settle(item, failure, self._policies[item.kind], self._outbox.now_s(), self._chance.random())
         try:
-            match decided:
-                case Retry(attempts=attempts, not_before_s=not_before_s):
-                    await self._outbox.retry(item.seq, attempts, not_before_s)
-                case Bury(reason=reason):
-                    self._tell(await self._outbox.bury(item.seq, f"{reason}: {error.reason}"))
-                    self._log.error("item_buried", seq=item.seq, kind=item.kind, idem=item.idem, reason=reason, what=str(error))
+            self._tell(await obey(self._outbox, item, decided, error, error.reason))
         except WorldError as disk:  # its lease ends by itself, and then it is sent again
             self._log.warning("failure_not_kept", seq=item.seq, reason=disk.reason, what=str(disk))
 

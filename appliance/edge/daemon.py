@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import structlog
@@ -51,7 +50,7 @@ from appliance.edge.splitting import Splitting
 from appliance.edge.stand import Policy
 from appliance.edge.tally import Tally
 from appliance.edge.trusting import Trusting
-from appliance.edge.upstream import CloudRoute, NeighbourRoute
+from appliance.edge.upstream import Calls, CloudRoute, NeighbourRoute
 from appliance.ports import Board
 
 More = Callable[[Delivering], Mapping[str, Loop]]
@@ -174,14 +173,17 @@ class _Device:
             settings=PartitionSettings(interval_s=reach.heartbeat_s),
             changed=lambda state, _why: self.meter.link("region", state),
         )
-        place: dict[str, Any] = {
-            "region": self.region,
-            "device": self.device,
-            "deadline_s": reach.cloud_deadline_ms / 1e3,
-            "version": lambda model: self.serving.versions().get(model, ""),
-        }
-        self.upstream = CloudRoute(self.link, self.clock, state=lambda: self.hop.whole, **place) if reach.cloud else None
-        self.neighbour = NeighbourRoute(self.link, self.clock, state=lambda: self.hop.state, **place) if reach.neighbours else None
+        calls = functools.partial(
+            Calls,
+            self.link,
+            self.clock,
+            deadline_s=reach.cloud_deadline_ms / 1e3,
+            version=lambda model: self.serving.versions().get(model, ""),
+        )
+        cloud = calls(topic=topics.infer(self.region, self.device), where="cloud", state=lambda: self.hop.whole)
+        beside = calls(topic=topics.neighbour(self.region, self.device), where="neighbour", state=lambda: self.hop.state)
+        self.upstream = CloudRoute(cloud) if reach.cloud else None
+        self.neighbour = NeighbourRoute(beside) if reach.neighbours else None
         return Delivering(
             self.link,
             self.clock,

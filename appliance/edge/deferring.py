@@ -18,7 +18,8 @@ from appliance.contract.deferral import IDEM_LIMIT, PAYLOAD_LIMIT, Dropped, Fate
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
 from appliance.contract.inference import Answer, Promise, Request
 from appliance.contract.remote import pack_request, pack_result, unpack_request, unpack_result
-from appliance.core.reach.deferral import Bury, Failure, Policy, Retry, settle
+from appliance.core.reach.deferral import Failure, Policy, settle
+from appliance.daily.settling import obey
 from appliance.ports import Outbox
 
 TICK_S = 0.5
@@ -133,13 +134,8 @@ class Deferring:
         decided = settle(
             item, Failure.REFUSED if for_good else Failure.UNREACHED, self._policy, self._outbox.now_s(), self._chance.random()
         )
-        match decided:
-            case Retry(attempts=attempts, not_before_s=not_before_s):
-                await self._outbox.retry(item.seq, attempts, not_before_s)
-            case Bury(reason=reason):
-                self._log.error("item_buried", seq=item.seq, kind=item.kind, idem=item.idem, reason=reason, what=str(error))
-                for each in await self._outbox.bury(item.seq, f"{reason}: {error.what}"):
-                    self._told(each)
+        for each in await obey(self._outbox, item, decided, error, error.what):
+            self._told(each)
 
     async def _fate(self, promise: str) -> Fate:
         fate = await self._outbox.fate(promise)

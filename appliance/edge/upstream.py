@@ -10,7 +10,6 @@ from typing import Literal
 
 import structlog
 
-from appliance.contract import topics
 from appliance.contract.errors import ApplianceError, OursError, WorldError
 from appliance.contract.inference import Answer, Array, Request, Tags
 from appliance.contract.remote import AskHead, Computed, pack, unpack_answer
@@ -35,6 +34,8 @@ TAIL = 2.0
 
 class Calls:
     """Inference frames to one callee, `where` in people's words: each bounded by `deadline_s` and by the caller's time, all behind one breaker.
+
+    `deadline_s` includes the round trip; `state` tells how the way to the callee is, `version` which one of a model this device serves.
 
     Attributes:
         sent_bytes: the bytes of all frames that were sent, by stage.
@@ -160,26 +161,14 @@ class Calls:
 
 
 class CloudRoute:
-    """The cloud behind the region. `deadline_s` bounds each call, round trip included; `state` tells how the hop to the region is.
+    """The cloud behind the region, on `topics.infer`; for its calls the state is that of the hop and of the region's own way up.
 
     Attributes:
         egress_per_gb: what a GB costs that leaves the site, in dollars; 0 until a price was heard.
     """
 
-    def __init__(
-        self,
-        link: Link,
-        clock: Clock,
-        *,
-        region: str,
-        device: str,
-        deadline_s: float,
-        state: Callable[[], LinkState],
-        version: Callable[[str], str],
-        chance: random.Random | None = None,
-    ) -> None:
-        topic = topics.infer(region, device)
-        self.calls = Calls(link, clock, topic=topic, where="cloud", deadline_s=deadline_s, state=state, version=version, chance=chance)
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
         self.egress_per_gb = 0.0
 
     @property
@@ -215,21 +204,10 @@ class CloudRoute:
 
 
 class NeighbourRoute:
-    """Another device of the region, which the region chooses (`regional.placing`); everything else as `CloudRoute`."""
+    """Another device of the region, which the region chooses (`regional.placing`), on `topics.neighbour`; everything else as `CloudRoute`."""
 
-    def __init__(
-        self,
-        link: Link,
-        clock: Clock,
-        *,
-        region: str,
-        device: str,
-        deadline_s: float,
-        state: Callable[[], LinkState],
-        version: Callable[[str], str],
-    ) -> None:
-        topic = topics.neighbour(region, device)
-        self.calls = Calls(link, clock, topic=topic, where="neighbour", deadline_s=deadline_s, state=state, version=version)
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
 
     @property
     def stands(self) -> bool:

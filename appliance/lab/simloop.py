@@ -17,11 +17,12 @@ from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 from appliance.contract.deferral import Instant
 from appliance.contract.errors import OursError
-from appliance.lab.virtual import WALL_S
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 THREAD_S = 0.000_5
+WALL_S = 1_700_000_000.0
+"""Seconds since the epoch at which virtual time starts, so that nothing depends on today."""
 
 
 class _Numbered(asyncio.Task[Any]):
@@ -53,6 +54,10 @@ class SimLoop(asyncio.BaseEventLoop):
         handle = asyncio.Handle(callback, args, self, context)
         self._soon.append(handle)
         return handle
+
+    def call_soon_threadsafe(self, callback: Callable[[Unpack[Ts]], object], *args: *Ts, context: Context | None = None) -> asyncio.Handle:
+        """See `asyncio.AbstractEventLoop`; there are no other threads, but Ctrl-C comes this way."""
+        return self.call_soon(callback, *args, context=context)
 
     def call_later(
         self, delay: float, callback: Callable[[Unpack[Ts]], object], *args: *Ts, context: Context | None = None

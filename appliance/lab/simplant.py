@@ -31,7 +31,7 @@ from appliance.edge.serving import Serving
 from appliance.edge.stand import Form
 from appliance.edge.stand import Policy as StandPolicy
 from appliance.edge.tally import Tally
-from appliance.edge.upstream import CloudRoute
+from appliance.edge.upstream import Calls, CloudRoute
 from appliance.lab.paced import PacedEngine
 from appliance.lab.simloop import SimClock, SimLoop
 from appliance.lab.simnet import SimLink, SimNet, Weather
@@ -223,11 +223,11 @@ class Device(Machine):
         self.spawn(self.mount("v2" if self.released else "v1"), "mount")
 
     def _desk(self) -> None:
-        route = CloudRoute(
+        calls = Calls(
             self.link,
             self.clock,
-            region=REGION,
-            device=self.name,
+            topic=topics.infer(REGION, self.name),
+            where="cloud",
             deadline_s=CLOUD_S,
             state=lambda: self.hop.whole,
             version=lambda model: self.serving.versions().get(model, ""),
@@ -245,7 +245,7 @@ class Device(Machine):
             tick_s=1.0,
         )
         self.serving = Serving(
-            hands, StandPolicy(2, DegradationSettings()), timeout_s=TIMEOUT_S, upstream=route, promise=self.deferring.promise
+            hands, StandPolicy(2, DegradationSettings()), timeout_s=TIMEOUT_S, upstream=CloudRoute(calls), promise=self.deferring.promise
         )
 
     async def mount(self, version: str) -> None:

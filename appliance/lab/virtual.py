@@ -1,46 +1,16 @@
-"""Virtual time: an event loop whose clock jumps to the next timer when nothing is ready, so that an hour of a device takes a second.
+"""Virtual time: runs a coroutine on a loop whose clock jumps to the next timer when nothing is ready, so that an hour of a device takes a second.
 
 What waits on a real file or thread is not waited for: use it only with parts that live in the loop. Two runs of the same program see the same
 times, so a failure repeats exactly.
 """
 
 import asyncio
-import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from appliance.contract.errors import OursError
+from appliance.lab.simloop import WALL_S, SimLoop
 
 T = TypeVar("T")
-WALL_S = 1_700_000_000.0
-"""Seconds since the epoch at which virtual time starts, so that nothing depends on today."""
-
-
-class _Jump(selectors.DefaultSelector):
-    """Never waits: tells its loop how far to jump instead."""
-
-    skipped_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        """Return what is ready now; if nothing is, note how long the loop wanted to wait."""
-        ready: list[Any] = super().select(0)
-        if not ready and timeout is None:
-            raise OursError("virtual_time", "nothing is ready and no timer is set: everybody waits for everybody")
-        if not ready and timeout:
-            self.skipped_s += timeout
-        return ready
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose `time()` starts at 0 and moves only when nothing is left to do at the present moment."""
-
-    def __init__(self) -> None:
-        self._jump = _Jump()
-        super().__init__(self._jump)
-
-    def time(self) -> float:
-        """Virtual seconds since the loop was made."""
-        return self._jump.skipped_s
 
 
 class VirtualClock:
@@ -64,5 +34,5 @@ class VirtualClock:
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end in virtual time."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+    with asyncio.Runner(loop_factory=SimLoop) as runner:
         return runner.run(main)

@@ -4,9 +4,8 @@ import asyncio
 import hashlib
 import os
 import random
-import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from typing import Any
 
@@ -34,28 +33,6 @@ from appliance.ports import SealedKey
 from tests.fakes.soft_tpm import Region, Software, attest, enrol, held, opened, refused
 
 pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
-
-
-@pytest.fixture(scope="module")
-def software() -> Iterator[Software]:
-    os.environ.setdefault("TSS2_LOG", "all+none")
-    made = Software()
-    made.start()
-    yield made
-    made.cut()
-    shutil.rmtree(made.state)
-
-
-@pytest.fixture
-async def tpm(software: Software) -> AsyncIterator[EsysTpm]:
-    opened = EsysTpm(software.tcti)
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
-def region(software: Software) -> Region:
-    return Region(softtpm.roots(software.state))
 
 
 async def test_an_attested_device_opens_its_key(software: Software, tpm: EsysTpm, region: Region) -> None:

@@ -4,10 +4,7 @@ Rows about consents for one session are in test_tpm.py.
 """
 
 import asyncio
-import os
 import random
-import shutil
-from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -40,28 +37,6 @@ from appliance.ports import SealedKey
 from tests.fakes.soft_tpm import Region, Software, attest, counted, enrol, held, lease_refused, leased, open_kept, opened, wire
 
 pytestmark = pytest.mark.slow  # real parts and real faults: seconds in all, too long for `make check`
-
-
-@pytest.fixture(scope="module")
-def software() -> Iterator[Software]:
-    os.environ.setdefault("TSS2_LOG", "all+none")
-    made = Software()
-    made.start()
-    yield made
-    made.cut()
-    shutil.rmtree(made.state)
-
-
-@pytest.fixture
-async def tpm(software: Software) -> AsyncIterator[EsysTpm]:
-    opened = EsysTpm(software.tcti)
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
-def region(software: Software) -> Region:
-    return Region(softtpm.roots(software.state))
 
 
 async def reboot(software: Software, tpm: EsysTpm, image: str = "image 1") -> None:

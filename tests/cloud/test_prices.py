@@ -10,7 +10,8 @@ from appliance.cloud.prices import VALID_MAX_S, Pricing, read_series
 from appliance.contract.codec import decode
 from appliance.contract.errors import TheirsError, WorldError
 from appliance.contract.prices import Price
-from appliance.lab.virtual import WALL_S, VirtualClock, run
+from appliance.lab.simloop import WALL_S
+from appliance.lab.virtual import VirtualClock, run
 from appliance.ports import Inbound
 
 SERIES = Path(__file__).parents[2] / "bsp/prices/spot-day-synthetic.csv"

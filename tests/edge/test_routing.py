@@ -1,6 +1,7 @@
 """Every rule of routing through the desk, in virtual time: prices come over the bus, frames go to a cloud that a test owns, and every answer says why."""
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from appliance.contract import topics
 from appliance.contract.codec import encode
 from appliance.contract.errors import ApplianceError, OursError, TheirsError, WorldError
 from appliance.contract.inference import Answer, Array, Request, Signature, Tags, TensorSpec
@@ -23,7 +25,7 @@ from appliance.edge.serving import Serving
 from appliance.edge.splitting import Splitting
 from appliance.edge.stand import Form, Policy
 from appliance.edge.tally import Tally
-from appliance.edge.upstream import CloudRoute, NeighbourRoute
+from appliance.edge.upstream import Calls, CloudRoute, NeighbourRoute
 from appliance.lab.paced import PacedEngine
 from appliance.lab.virtual import VirtualClock, run
 from appliance.ports import Inbound, LoadedModel
@@ -127,9 +129,8 @@ class Device:
         self.clock, self.wire, self.state = VirtualClock(), wire or Wire(), LinkState.HEALTHY
         self.engine = HalvingEngine(lambda mode, samples: SPEED[mode] * samples)
         hands = Hands(self.engine, self.clock, Tally(Meter(), self.clock), Pool(1), slo_s=0.15, fill_wait_s=0.01)
-        where: dict[str, Any] = {"region": "r", "device": "dev", "deadline_s": 0.15}
-        where |= {"state": lambda: self.state, "version": lambda _model: "v1"}
-        self.cloud = CloudRoute(self.wire, self.clock, **where)
+        calls = functools.partial(Calls, self.wire, self.clock, deadline_s=0.15, state=lambda: self.state, version=lambda _model: "v1")
+        self.cloud = CloudRoute(calls(topic=topics.infer("r", "dev"), where="cloud"))
         self.splitting = Splitting(hands)
         self.routing = Routing(
             self.wire,
@@ -148,7 +149,7 @@ class Device:
             timeout_s=5.0,
             upstream=self.routing,
             routing=self.routing,
-            neighbour=NeighbourRoute(self.wire, self.clock, **where),
+            neighbour=NeighbourRoute(calls(topic=topics.neighbour("r", "dev"), where="neighbour")),
         )
         Lending(self.wire, self.clock, self.serving.answer, region="r", device="dev", dollars_per_hour=DEVICE_PER_H)
         self.forms = {mode: Form(Platform.ONNX, lambda: -1, 0.9) for mode in SPEED if split or mode is not Mode.CLOUD}

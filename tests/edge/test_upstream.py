@@ -6,11 +6,12 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
+from appliance.contract import topics
 from appliance.contract.errors import ApplianceError, TheirsError, WorldError
 from appliance.contract.inference import Request, Tags
 from appliance.contract.remote import AnswerHead, pack, unpack_ask
 from appliance.contract.vocabulary import LinkState, Mode
-from appliance.edge.upstream import CloudRoute
+from appliance.edge.upstream import Calls, CloudRoute
 from appliance.lab.virtual import VirtualClock, run
 from appliance.ports import Inbound
 
@@ -52,8 +53,9 @@ class Hop:
 
 def route(peer: Callable[[bytes], Awaitable[bytes]]) -> tuple[CloudRoute, Wire, VirtualClock]:
     wire, clock = Wire(peer), VirtualClock()
-    made = CloudRoute(wire, clock, region="r", device="dev", deadline_s=0.15, state=lambda: Hop.state, version=lambda _model: "7")
-    return made, wire, clock
+    topic = topics.infer("r", "dev")
+    calls = Calls(wire, clock, topic=topic, where="cloud", deadline_s=0.15, state=lambda: Hop.state, version=lambda _model: "7")
+    return CloudRoute(calls), wire, clock
 
 
 REQUEST = Request("id", "m", {"x": np.ones((1, 2), np.float32)})
