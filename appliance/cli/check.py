@@ -5,6 +5,7 @@ Run it as the daemon's user (`sudo -u appliance appliance check …`): what root
 
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,7 +91,8 @@ def _profile(settings: Edge, measure: Path | None) -> None:
     if measure is not None:
         from appliance.workshop import boards as workshop  # noqa: PLC0415 - numpy is not needed for anything else here
 
-        text = workshop.toml(workshop.measure(GenericBoard().read().memory_total_bytes))
+        board = workshop.measure(GenericBoard().read().memory_total_bytes, measure.stem)
+        text = workshop.toml(board, datetime.now(tz=UTC).date().isoformat())
         try:
             measure.write_text(text)
         except OSError as error:

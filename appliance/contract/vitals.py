@@ -18,7 +18,8 @@ class BoardReading:
     Attributes:
         throttle_causes: alerts that are raised now (`gpu-throttle-alert`, `hot-surface-alert`, …), by the kernel's name.
         over_current_events: cumulative counters since boot by name (`oc1`, `oc2`, `oc3`); core.serve.throttle says what they mean.
-        gpu_memory_used_bytes: what this appliance's processes hold on the GPU.
+        gpu_memory_used_bytes: what this appliance's processes hold on the GPU; on a discrete one, what everybody holds.
+        gpu_memory_total_bytes: all memory of a discrete GPU; None where the GPU uses the system's.
         largest_free_block_bytes: number times size of the largest free blocks (tegrastats `lfb 9x4MB`).
         passive_trip_c: the lowest passive trip point, as read from the zones.
         gpu_load: 0 to 1; a clock below its cap means throttling only under load.
@@ -33,6 +34,7 @@ class BoardReading:
     memory_psi_some_avg10: float | None = None
     over_current_events: dict[str, int] | None = None
     gpu_memory_used_bytes: int | None = None
+    gpu_memory_total_bytes: int | None = None
     largest_free_block_bytes: int | None = None
     passive_trip_c: float | None = None
     gpu_load: float | None = None

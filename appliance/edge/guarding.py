@@ -47,7 +47,7 @@ class Gauge(Protocol):
 
 
 class Guarding:
-    """One board, and the models on it. `gpu_budget_bytes` is what all models may hold of a GPU's memory; None: no such bound."""
+    """One board, and the models on it. `gpu_budget_bytes` is what all models may hold of a GPU's memory, unless the board reads its size; None: no such bound."""
 
     def __init__(
         self,

@@ -12,12 +12,12 @@ from appliance.adapters.board_sim import ReplayBoard, SimBoard
 from appliance.adapters.clock import SystemClock
 from appliance.adapters.inference.backend import Options
 from appliance.adapters.inference.changes import Change
-from appliance.adapters.inference.nvml import open_nvml
 from appliance.adapters.inference.workers import Workers
 from appliance.adapters.ingress import Ingress
 from appliance.adapters.metrics import Meter
 from appliance.adapters.mqtt.link import LinkSettings, MqttLink
 from appliance.adapters.mqtt.session import SessionSettings
+from appliance.adapters.nvml import NvmlBoard, open_nvml
 from appliance.adapters.spiffe import WorkloadIdentity
 from appliance.adapters.store import Store
 from appliance.contract import identities, topics
@@ -49,7 +49,7 @@ def open_board(settings: Edge, clock: SystemClock, load: Callable[[], float], st
         case "sim":
             return SimBoard.from_settings(settings.sim, clock.monotonic, load)
         case _:
-            return GenericBoard()
+            return NvmlBoard(GenericBoard(), open_nvml())
 
 
 async def open_link(settings: Edge, stack: contextlib.AsyncExitStack) -> MqttLink:

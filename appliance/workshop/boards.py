@@ -4,9 +4,11 @@ What is measured, each the best of `REPEATS` on `threads` threads: bytes per sec
 operations per second of a large matrix product, both by numpy. The fixed cost of a call is that of a very small product: a floor for any run-time.
 """
 
+import os
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +21,7 @@ SIDE = 1024
 GPU_MEMORY_FRACTION = 0.5
 
 
-def measure(memory_total_bytes: int) -> BoardProfile:
+def measure(memory_total_bytes: int, name: str) -> BoardProfile:
     """Measure this machine; takes about a second. The thread count is numpy's own (OPENBLAS_NUM_THREADS)."""
     source, target = np.ones(COPY_BYTES, np.uint8), np.empty(COPY_BYTES, np.uint8)
     matrix = np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32)
@@ -28,8 +30,8 @@ def measure(memory_total_bytes: int) -> BoardProfile:
     product_s = _best(lambda: matrix @ matrix)
     call_s = _best(lambda: small @ small)
     return BoardProfile(
-        name="measured",
-        description=f"{platform.processor() or platform.machine()}, {platform.system()} {platform.release()}",
+        name=name,
+        description=f"{_processor()}, {len(os.sched_getaffinity(0))} of its {os.cpu_count()} processors, {platform.system()} {platform.machine()}",
         memory_total_bytes=memory_total_bytes,
         gpu_memory_fraction=GPU_MEMORY_FRACTION,
         shared_memory=True,
@@ -48,10 +50,11 @@ def measure(memory_total_bytes: int) -> BoardProfile:
     )
 
 
-def toml(board: BoardProfile) -> str:
-    """The board as a file for `board.profile`. Units as in the other profiles."""
+def toml(board: BoardProfile, day: str) -> str:
+    """The board as a file for `board.profile`, measured on `day`. Units as in the other profiles."""
     lines = [
-        "# Measured by `appliance check --profile --measure`. Units: bytes, bytes/s, operations/s, seconds.",
+        f"# Measured on {day} by `appliance check --profile --measure`: one machine's own speed, no maker's figures.",
+        "# Units: bytes, bytes/s, operations/s, seconds.",
         f"name = {_quoted(board.name)}",
         f"description = {_quoted(board.description)}",
         f"memory_total_bytes = {board.memory_total_bytes}",
@@ -78,6 +81,16 @@ def _best(work: Callable[[], object]) -> float:
         work()
         took.append(time.perf_counter() - started)
     return min(took)
+
+
+def _processor() -> str:
+    """The name that the processor gives itself; its architecture where the kernel does not tell (ARM)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.machine()
 
 
 def _quoted(text: str) -> str:

@@ -1,6 +1,8 @@
 """`appliance check` on machines that the test builds."""
 
 import json
+import os
+import re
 import socket
 import stat
 import tempfile
@@ -213,12 +215,15 @@ def test_the_profile_explains_board_and_models(root: Path) -> None:
 
 
 def test_a_machine_can_be_measured_and_the_file_is_board_data(root: Path) -> None:
-    """`--measure` writes a file that `board.profile` takes, with the source of each number."""
-    written = root / "measured.toml"
+    """`--measure` writes a file that `board.profile` takes, named as the board, with the day, the processor and the source of each number."""
+    written = root / "measured-here.toml"
     result = profile(root, "", "--measure", str(written))
     assert result.exception is None
-    assert "board measured" in result.output
-    measured = parse_board(tomllib.loads(written.read_text()), "measured")
+    assert "board measured-here" in result.output
+    text = written.read_text()
+    assert re.match(r"# Measured on \d{4}-\d{2}-\d{2} by `appliance check", text)
+    measured = parse_board(tomllib.loads(text), "measured-here")
+    assert f"of its {os.cpu_count()} processors" in measured.description
     assert measured.bandwidth_bytes_s > 1e8
     assert measured.peak_flops["fp32"] > 1e8
     assert "measured" in measured.sources["peak_flops"]

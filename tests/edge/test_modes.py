@@ -89,7 +89,14 @@ class Cloud:
 class Device:
     """One model in three forms on one worker; `reading` is what the board says."""
 
-    def __init__(self, modes: Sequence[Mode] = tuple(SPEED), *, standby: bool = False, cloud: Cloud | None = None) -> None:
+    def __init__(
+        self,
+        modes: Sequence[Mode] = tuple(SPEED),
+        *,
+        standby: bool = False,
+        cloud: Cloud | None = None,
+        gpu_budget_bytes: int | None = None,
+    ) -> None:
         self.record = Record()
         self.clock = VirtualClock()
         self.slowdown = 1.0
@@ -98,7 +105,14 @@ class Device:
         policy = Policy(8, DegradationSettings(), standby)
         self.serving = Serving(hands, policy, timeout_s=5.0, stale_bytes=1 << 20, upstream=cloud)
         self.guarding = Guarding(
-            self, self.serving, self.clock, self.record, tell=self.record.tell, interval_s=0.5, gpu_budget_bytes=None, upstream=cloud
+            self,
+            self.serving,
+            self.clock,
+            self.record,
+            tell=self.record.tell,
+            interval_s=0.5,
+            gpu_budget_bytes=gpu_budget_bytes,
+            upstream=cloud,
         )
         self.reading = CALM
         self.forms = {mode: Form(Platform.ONNX, lambda: -1, ACCURACY[mode]) for mode in modes}
@@ -166,6 +180,23 @@ def test_memory_pressure_walks_down_and_calm_walks_up_and_every_answer_says_so()
         assert len(device.engine.loaded) == 1, "what no longer serves was unloaded"
 
     lived(body)
+
+
+def test_a_discrete_gpu_that_is_nearly_full_steps_modes_down() -> None:
+    """At 97 % of its memory the device walks to C, though the system has plenty and the profile's budget is far; at 60 % it comes back."""
+
+    async def body(device: Device) -> None:
+        device.reading = replace(CALM, gpu_memory_used_bytes=97 * GIB // 4, gpu_memory_total_bytes=25 * GIB)
+        await device.live(3)
+        least = await device.ask()
+        assert least.mode is Mode.MINIMAL
+        assert "memory: GPU holds 24832 MiB of its own 25600" in least.why
+        device.reading = replace(device.reading, gpu_memory_used_bytes=15 * GIB)
+        await device.live(30)
+        assert device.mode is Mode.FULL
+        assert {cause for _, _, cause in device.record.shifts} == {"memory", "calm"}
+
+    lived(body, gpu_budget_bytes=100 * GIB)
 
 
 def test_no_request_is_lost_or_late_over_a_change_of_mode() -> None:

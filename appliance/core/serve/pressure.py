@@ -1,8 +1,9 @@
 """How close the device is to its limits in memory, heat and queue: numbers from 0 to 1, and severities that do not flicker.
 
 1. Memory is the largest of: 1 - MemAvailable/MemTotal (unified memory: cudaMemGetInfo under-reports after big file reads); GPU bytes over
-   their budget; PSI `some avg10`, where 10 % is HIGH; the absolute floor of 768 MiB (an eighth of a small machine), where
-   CRITICAL begins; few large blocks, never more than a warning, since `lfb 1x4MB` was seen on a board that worked well.
+   their budget, which on a discrete GPU is all of its memory; PSI `some avg10`, where 10 % is HIGH; the absolute floor of 768 MiB (an
+   eighth of a small machine), where CRITICAL begins; few large blocks, never more than a warning, since `lfb 1x4MB` was seen on a board
+   that worked well.
 2. Heat is the largest of: the distance to the passive trip as read from the zones, HIGH 10 degrees below it; real throttling
    (`throttle`), HIGH at least; a GPU clock below its cap while the GPU is busy (an idle one is slow by right).
 3. The queue is HIGH when 2 % of requests are refused; a queue that is merely full is not, since it is bounded and in time.
@@ -70,7 +71,7 @@ class Strain:
 
 
 def memory(reading: BoardReading, gpu_budget_bytes: int | None = None, floor_bytes: int = FLOOR_BYTES) -> Level:
-    """The memory pressure of a board (rule 1)."""
+    """The memory pressure of a board (rule 1); `gpu_budget_bytes` is what models may hold of a memory that the GPU shares with the system."""
     total, available = reading.memory_total_bytes, reading.memory_available_bytes
     floor = min(floor_bytes, FLOOR_FRACTION * total)
     free = f"{available >> 20} MiB of {total >> 20} available"
@@ -78,9 +79,10 @@ def memory(reading: BoardReading, gpu_budget_bytes: int | None = None, floor_byt
         Level(_unit(1 - available / total), free),
         Level(along(FLOOR_RATIO, available / floor), f"{free}, floor {int(floor) >> 20} MiB"),
     ]
-    if gpu_budget_bytes and reading.gpu_memory_used_bytes is not None:
-        used = reading.gpu_memory_used_bytes
-        parts.append(Level(_unit(used / gpu_budget_bytes), f"GPU holds {used >> 20} MiB of a budget of {gpu_budget_bytes >> 20}"))
+    gpu_limit_bytes = reading.gpu_memory_total_bytes or gpu_budget_bytes
+    if gpu_limit_bytes and reading.gpu_memory_used_bytes is not None:
+        used, whose = reading.gpu_memory_used_bytes, "its own" if reading.gpu_memory_total_bytes else "a budget of"
+        parts.append(Level(_unit(used / gpu_limit_bytes), f"GPU holds {used >> 20} MiB of {whose} {gpu_limit_bytes >> 20}"))
     if reading.memory_psi_some_avg10 is not None:
         psi = reading.memory_psi_some_avg10
         parts.append(Level(along(PSI_PERCENT, psi), f"tasks stalled on memory {psi:.1f} % of the time"))

@@ -31,6 +31,9 @@ def test_a_calm_board_is_calm() -> None:
         ({"memory_available_bytes": 768 << 20}, Severity.CRITICAL, "768 MiB of 8192 available, floor 768 MiB"),
         ({"memory_available_bytes": 0}, Severity.CRITICAL, "0 MiB"),
         ({"gpu_memory_used_bytes": int(3.5 * GIB)}, Severity.HIGH, "GPU holds 3584 MiB of a budget of 4096"),
+        ({"gpu_memory_used_bytes": int(21.5 * GIB), "gpu_memory_total_bytes": 24 * GIB}, Severity.HIGH, "22016 MiB of its own 24576"),
+        ({"gpu_memory_used_bytes": int(23.3 * GIB), "gpu_memory_total_bytes": 24 * GIB}, Severity.CRITICAL, "of its own 24576"),
+        ({"gpu_memory_used_bytes": 12 * GIB, "gpu_memory_total_bytes": 24 * GIB}, Severity.CALM, "of its own 24576"),
         ({"memory_psi_some_avg10": 10.0}, Severity.HIGH, "10.0 % of the time"),
         ({"memory_psi_some_avg10": 60.0}, Severity.CRITICAL, "60.0 % of the time"),
         ({"largest_free_block_bytes": 0}, Severity.CALM, "largest free blocks 0 MiB"),
@@ -93,6 +96,7 @@ READINGS = st.builds(
     gpu_clock_cap_hz=st.none() | st.floats(0, 2e9),
     memory_psi_some_avg10=st.none() | st.floats(0, 100),
     gpu_memory_used_bytes=st.none() | st.integers(0, 1 << 40),
+    gpu_memory_total_bytes=st.none() | st.integers(0, 1 << 40),
     largest_free_block_bytes=st.none() | st.integers(0, 1 << 40),
     passive_trip_c=st.none() | st.floats(0, 120),
     gpu_load=st.none() | st.floats(0, 1),
@@ -112,6 +116,17 @@ def test_less_memory_is_never_less_pressure(reading: BoardReading, one: int, oth
     """Monotone in what is available."""
     less, more = sorted((one, other))
     assert memory(replace(reading, memory_available_bytes=less)).value >= memory(replace(reading, memory_available_bytes=more)).value
+
+
+@given(READINGS, st.integers(1, 1 << 40), st.integers(0, 1 << 40), st.none() | st.integers(1, 1 << 40))
+def test_a_discrete_gpu_presses_as_full_as_it_is_whatever_the_budget(
+    reading: BoardReading, total: int, held: int, budget: int | None
+) -> None:
+    """The budget of a profile is of unified memory; the device's own memory counts to its last byte, and more held is never less pressure."""
+    discrete = replace(reading, gpu_memory_total_bytes=total, gpu_memory_used_bytes=min(held, total))
+    assert memory(discrete, budget).value >= min(held, total) / total
+    assert memory(discrete, budget) == memory(discrete)
+    assert memory(replace(discrete, gpu_memory_used_bytes=min(held + 1, total))).value >= memory(discrete).value
 
 
 @given(st.lists(st.floats(0, 1), max_size=200))

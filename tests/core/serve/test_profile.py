@@ -45,9 +45,9 @@ def test_every_shipped_board_loads_and_names_the_source_of_its_numbers(path: Pat
 
 
 def test_the_promised_boards_are_there() -> None:
-    """Five Orins, Thor, and a plain PC."""
+    """Five Orins, Thor, a plain PC, and a machine that was measured."""
     assert sorted(path.stem for path in BOARDS) == [
-        "agx-orin-32gb", "agx-orin-64gb", "generic-x86", "orin-nano-8gb", "orin-nano-8gb-super", "orin-nx-16gb", "thor-t5000",
+        "agx-orin-32gb", "agx-orin-64gb", "generic-x86", "measured-epyc-one-core", "orin-nano-8gb", "orin-nano-8gb-super", "orin-nx-16gb", "thor-t5000",
     ]  # fmt: skip
 
 
