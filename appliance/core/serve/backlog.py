@@ -13,9 +13,10 @@ API, in the order in which a loop uses it (`Pace` is in `pace`, `Entry` in `wait
 3. Admission by predicted finish: what cannot be answered by its deadline, or its SLO, is refused on arrival, with the seconds after which it
    could be, or None where even an idle device is too slow. Requests of a worse level do not count as ahead.
 4. Deadlines expire by a timer at the latest start that could still be in time, not at dequeue (Triton #7512 shows why).
-5. A caller that returns before its hint has passed finds only half of the places (`patience`); the worker never idles for it. One that does it
-   again and again should be told only when its hint has passed (`Refused.hold`), and may then be offered once more. While somebody waits a hint out,
-   who never waited gives way above half: else those who were just answered would keep all places among themselves.
+5. Hints are turns: each of the refused is told to come when a place is likely free for it, one after the other (`patience`). Who returns before its
+   turn is refused while the workers have a batch to run, so asking more often wins nothing, and no worker idles for it. One that does it again
+   and again should be told only when its turn has come (`Refused.hold`), and may then be offered once more. While somebody waits its turn,
+   who never waited gives way above half of the places: else those who were just answered would keep all among themselves.
 6. Only equal shapes batch; a request with a batch of its own stays whole. Cancelled and expired ones are forgotten in O(1).
 """
 
@@ -112,7 +113,7 @@ class Backlog(Generic[T]):
         if not 1 <= size <= self.max_batch:
             raise TheirsError("batch_size", f"a batch of {size}, expected 1 to {self.max_batch}", remedy="split the request")
         line = self._line
-        if caller is not None and line.waiting + size > self.max_batch and (told := self._manners((caller, priority), size, now)):
+        if caller is not None and line.waiting and (told := self._manners((caller, priority), size, now)):
             return told
         late = self._late_s(now, min(deadline, slo), size, shape, priority)
         if late > 0:  # the others who were refused come back too: not before half of the places are free
@@ -133,12 +134,12 @@ class Backlog(Generic[T]):
         return Admitted(ticket, displaced)
 
     def _manners(self, who: tuple[Hashable, int], size: int, now: float) -> Refused | None:
-        """Above half of the places: who came back too early is refused, and who did not wait gives way to those who do (rule 5)."""
-        patience = self._patience
+        """Who came back too early is refused while a worker has work; above half of the places who did not wait gives way to those who do."""
+        patience, waiting = self._patience, self._line.waiting
         waited, held = patience.waited(who), patience.remaining_s(who, now)
-        if held:
+        if held and waiting >= (self.pace.batch * self.pace.workers if self.pace else self.max_batch):
             return Refused(Outcome.BACKLOG_FULL, held, patience.deaf(who))
-        if waited or not patience.others_wait(now):
+        if waited or waiting + size <= self.max_batch or not patience.others_wait(now):
             return None
         return self._refuse(Outcome.BACKLOG_FULL, self.retry_after_s(now, size), now, *who)
 
@@ -253,5 +254,7 @@ class Backlog(Generic[T]):
             return Refused(reason, None)
         after_s = min(max(after_s, RETRY_MIN_S), RETRY_MAX_S)
         if caller is not None:
-            self._patience.hold((caller, priority), now + after_s)
+            each_s = self.pace.seconds(self.pace.batch) / self.pace.batch / self.pace.workers if self.pace else 0.0
+            until = min(self._patience.turn(priority, now + after_s, each_s), now + RETRY_MAX_S)
+            after_s = min(max(self._patience.hold((caller, priority), until) - now, RETRY_MIN_S), RETRY_MAX_S)
         return Refused(reason, after_s)

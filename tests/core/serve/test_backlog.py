@@ -179,8 +179,8 @@ def test_cancelled_requests_cost_nothing_and_free_their_place() -> None:
     assert items(backlog, 8) == ["stays", "new"]
 
 
-def test_an_early_returner_finds_only_half_of_the_places() -> None:
-    """Who was refused and comes back before the hint finds room only below half; after the hint it goes before who never waited."""
+def test_an_early_returner_finds_no_place_and_later_comers_get_later_turns() -> None:
+    """Who was refused and comes back before its turn is refused while there is work; in its turn it goes before who never waited."""
     backlog = Backlog[str](4)
     backlog.pace = LINEAR
     for index in range(8):
@@ -194,12 +194,13 @@ def test_an_early_returner_finds_only_half_of_the_places() -> None:
     assert fresh.retry_after_s is not None
     admitted(backlog, "nameless", 0.001)
     admitted(backlog, "pushy", hint + 0.001, caller="pushy")
-    assert fresh.retry_after_s < hint
-    admitted(backlog, "fresh", hint + 0.002, caller="fresh")
+    assert fresh.retry_after_s + 0.001 == pytest.approx(hint + LINEAR.seconds(1))
+    backlog.take(hint + 0.001, 1)
+    admitted(backlog, "fresh", 0.002 + fresh.retry_after_s, caller="fresh")
 
 
 def test_an_early_returner_is_served_rather_than_a_worker_left_idle() -> None:
-    """Below half of the places the hold does not apply."""
+    """Where the workers would have nothing to do, the hold does not apply."""
     backlog = Backlog[str](4)
     backlog.pace = LINEAR
     for index in range(8):
