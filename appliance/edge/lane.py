@@ -6,6 +6,7 @@ All lanes of a device share its workers. A worker that becomes free goes to the 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -207,9 +208,7 @@ class Lane:
             if not isinstance(decision, Dispatch):
                 until = decision.until if isinstance(decision, Wait) else inf
                 break
-            self.running += 1
-            pool.busy += 1
-            pool.spawn(self._run(decision))
+            self._start(decision)
         self._ring_by(min(until, self.backlog.deadline() or inf), now)
 
     async def warm(self, shapes: Mapping[str, Sequence[int]], *, thorough: bool) -> None:
@@ -262,15 +261,31 @@ class Lane:
         self._timer = None
         self.pump()
 
-    async def _run(self, batch: Dispatch[Waiting]) -> None:
-        """Run one batch and tell every caller, whatever happens."""
+    def _start(self, batch: Dispatch[Waiting]) -> None:
+        """Give one batch to the engine. Nobody awaits it: a task for each would cost a round of the loop at either end."""
         requests = [entry.item.request for entry in batch.entries]
-        pool, started = self._hands.pool, self._hands.clock.monotonic()
+        started = self._hands.clock.monotonic()
+        self.running += 1
+        self._hands.pool.busy += 1
+        work: asyncio.Future[Mapping[str, Array]]
         try:
-            outputs = await self._hands.engine.run(self.mounted.key, _join(requests, batch.pad_to - batch.samples), ())
+            joined = _join(requests, batch.pad_to - batch.samples)
+            work = asyncio.ensure_future(self._hands.engine.run(self.mounted.key, joined, ()))
+        except (ApplianceError, MemoryError) as error:
+            work = asyncio.get_running_loop().create_future()
+            work.set_exception(error)
+        work.add_done_callback(partial(self._ran, batch, started))
+
+    def _ran(self, batch: Dispatch[Waiting], started: float, work: asyncio.Future[Mapping[str, Array]]) -> None:
+        """Tell every caller of a batch, whatever happened."""
+        pool = self._hands.pool
+        try:
+            outputs = work.result()
         except ApplianceError as error:
             for entry in batch.entries:
                 _fail(entry, error)
+        except asyncio.CancelledError:  # the daemon ends while a child is away
+            pass
         else:
             self._learn(batch.pad_to, started)
             self._hands.tally.batch(self.mounted.manifest.model_id, batch.samples / self.backlog.max_batch)
@@ -281,7 +296,8 @@ class Lane:
             self.running -= 1
             pool.busy -= 1
             for entry in batch.entries:
-                _fail(entry, OursError("internal", "the batch ended without an answer"))
+                if not entry.item.answer.done():
+                    _fail(entry, OursError("internal", "the batch ended without an answer"))
             pool.freed()
 
     def _learn(self, samples: int, started: float) -> None:

@@ -1,6 +1,6 @@
 """Models at work: the engine that runs them, the desk that callers ask, the counter where promises are fetched."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,8 +42,11 @@ class Engine(Protocol):
         The engine closes each descriptor. Raises: TheirsError (`model`: the file is not loadable), WorldError (`worker_lost`).
         """
 
-    async def run(self, key: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Run one batch; empty `outputs` means all. Raises: WorldError (`worker_lost`), TheirsError (`model`)."""
+    def run(self, key: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Awaitable[dict[str, Array]]:
+        """Run one batch; empty `outputs` means all. What can run now is on its way before anybody awaits it.
+
+        Raises, itself or what it returns: WorldError (`worker_lost`), TheirsError (`model`).
+        """
 
     async def unload(self, key: str) -> None:
         """Forget a model and return its memory."""

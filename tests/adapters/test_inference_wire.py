@@ -103,7 +103,8 @@ async def test_an_output_outside_its_room_is_not_read(place: protocol.Place) -> 
     """A child cannot make the daemon read another batch's memory, nor beyond the arena."""
     through, form = exchange(), Form(FORM_SIGNATURE)
     form.rooms[(1, (2, 4))] = 64
-    parcel = await through.put(form, {"x": X}, ())
+    parcel = through.put(form, {"x": X}, ())
+    assert parcel is not None
     with pytest.raises(OursError, match="outside"):
         through.open(parcel, protocol.Done(1, 0, 0, [place]), None)
     through.close()
@@ -112,7 +113,8 @@ async def test_an_output_outside_its_room_is_not_read(place: protocol.Place) -> 
 async def test_spilled_outputs_are_read_once_and_their_room_is_remembered() -> None:
     """Outputs that did not fit come in a memfd; a memfd shorter than it says is refused; the next batch of that shape has room."""
     through, form = exchange(), Form(FORM_SIGNATURE)
-    parcel = await through.put(form, {"x": X}, ())
+    parcel = through.put(form, {"x": X}, ())
+    assert parcel is not None
     assert parcel.room_bytes == 0
     fd = os.memfd_create("test")
     os.write(fd, X.tobytes())
@@ -123,31 +125,48 @@ async def test_spilled_outputs_are_read_once_and_their_room_is_remembered() -> N
         through.open(parcel, protocol.Done(1, 0, 64, [(0, (2, 4))]), fd)
     os.close(fd)
     through.drop(parcel)
-    assert (await through.put(form, {"x": X}, ())).room_bytes == 64
+    again = through.put(form, {"x": X}, ())
+    assert again is not None
+    assert again.room_bytes == 64
     through.close()
 
 
-async def test_who_waits_for_room_gets_it_or_is_told() -> None:
-    """A full arena makes the next batch wait, not fail; a batch that can never fit is refused; closing wakes everyone."""
+async def test_who_waits_for_room_is_woken_or_told() -> None:
+    """A full arena has no room for the next batch until one leaves; one that can never fit is refused; closing wakes everyone."""
     through = Exchange(4096, lambda _one, _fd: None, lambda _one: None, lambda _one: None)
     form = Form(FORM_SIGNATURE)
     big = np.zeros((200, 4), np.float32)
-    first = await through.put(form, {"x": big}, ())
-    waiting = asyncio.create_task(through.put(form, {"x": big}, ()))
+    first = through.put(form, {"x": big}, ())
+    assert first is not None
+    assert through.put(form, {"x": big}, ()) is None
+    waiting = asyncio.create_task(through.room())
     await asyncio.sleep(0)
     assert not waiting.done()
     through.drop(first)
-    second = await waiting
-    last = asyncio.create_task(through.put(form, {"x": big}, ()))
+    await waiting
+    second = through.put(form, {"x": big}, ())
+    assert second is not None
+    last = asyncio.create_task(through.room())
     await asyncio.sleep(0)
     through.close()
+    await last
     with pytest.raises(WorldError, match="gone"):
-        await last
+        through.put(form, {"x": big}, ())
     assert second.region.segment.ranges.used
     fresh = Exchange(4096, lambda _one, _fd: None, lambda _one: None, lambda _one: None)
     with pytest.raises(TheirsError, match="at most 4096"):
-        await fresh.put(form, {"x": np.zeros((1000, 4), np.float32)}, ())
+        fresh.put(form, {"x": np.zeros((1000, 4), np.float32)}, ())
     fresh.close()
+
+
+async def test_outputs_that_would_not_fit_beside_the_inputs_spill() -> None:
+    """A batch whose inputs fill the arena runs, also when the room that its outputs need is known by now."""
+    through, form = Exchange(4096, lambda _one, _fd: None, lambda _one: None, lambda _one: None), Form(FORM_SIGNATURE)
+    form.rooms[(1, (256, 4))] = 64
+    parcel = through.put(form, {"x": np.zeros((256, 4), np.float32)}, ())
+    assert parcel is not None
+    assert parcel.room_bytes == 0
+    through.close()
 
 
 async def test_a_clock_starts_when_a_piece_comes_first() -> None:

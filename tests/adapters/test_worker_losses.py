@@ -203,7 +203,7 @@ async def test_a_hang_ends_at_its_deadline_and_a_sleeping_daemon_blames_nobody()
     changes: list[Change] = []
     async with Workers(batch_deadline_s=0.4, on_change=changes.append) as workers:
         await workers.load("double", Platform.ONNX, weights(DOUBLE))
-        task = asyncio.create_task(workers.run("double", {"x": X}, ()))
+        task = asyncio.ensure_future(workers.run("double", {"x": X}, ()))
         await asyncio.sleep(0)
         time.sleep(0.6)  # noqa: ASYNC251  (the loop itself is late)
         process = workers._workers[0]._process
@@ -312,7 +312,7 @@ async def test_callers_that_leave_do_not_flood_the_child() -> None:
     async with Workers(on_change=changes.append) as workers:
         await workers.load("double", Platform.ONNX, weights(DOUBLE))
         for _ in range(400):
-            task = asyncio.create_task(workers.run("double", {"x": X}, ()))
+            task = asyncio.ensure_future(workers.run("double", {"x": X}, ()))
             await asyncio.sleep(0)
             task.cancel()
             assert workers.stats()[0].in_flight <= Limits().depth + 1  # + a measurement
@@ -392,7 +392,7 @@ async def test_rounds_of_load_unload_and_crash_leak_no_descriptor_and_no_process
             await workers.run("double", {"x": X}, ())
             await workers.unload("double")
             await workers.load("double", Platform.ONNX, weights(DOUBLE))
-            task = asyncio.create_task(workers.run("double", {"x": X}, ()))
+            task = asyncio.ensure_future(workers.run("double", {"x": X}, ()))
             await asyncio.sleep(0)
             os.kill(workers.pids()[0], signal.SIGKILL)
             await asyncio.gather(task, return_exceptions=True)
@@ -411,7 +411,7 @@ async def test_closing_tells_everyone_who_waits() -> None:
     workers = Workers()
     await workers.load("double", Platform.ONNX, weights(DOUBLE))
     os.kill(workers.pids()[0], signal.SIGSTOP)
-    run = asyncio.create_task(workers.run("double", {"x": X}, ()))
+    run = asyncio.ensure_future(workers.run("double", {"x": X}, ()))
     load = asyncio.create_task(workers.load("other", Platform.ONNX, weights(DOUBLE)))
     await asyncio.sleep(0.05)
     await workers.close()

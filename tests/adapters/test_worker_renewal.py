@@ -203,7 +203,7 @@ async def test_an_old_process_that_hangs_in_its_last_batch_ends_at_its_deadline(
         renewal = asyncio.create_task(workers.renew(0))
         process = workers._workers[0]._process
         assert process is not None
-        stuck: list[asyncio.Task[dict[str, np.ndarray]]] = []
+        stuck: list[asyncio.Future[dict[str, np.ndarray]] | None] = []
 
         def swap(change: Change) -> None:
             changes.append(change)
@@ -211,15 +211,14 @@ async def test_an_old_process_that_hangs_in_its_last_batch_ends_at_its_deadline(
                 os.kill(old, signal.SIGSTOP)
                 handle, copy = next(iter(workers._workers[0].models.items()))
                 assert copy.form is not None
-                stuck.append(asyncio.ensure_future(process.run(handle, "double", copy.form, ({"x": X}, ()))))  # type: ignore[arg-type]
+                stuck.append(process.run(handle, "double", copy.form, ({"x": X}, ()), lambda: None))
 
         workers._on_change = swap
-        process._entering += 1  # a batch that waits for room: it keeps the old process from leaving before it is stopped
         await until(lambda: bool(stuck))
-        process._entering -= 1
         assert np.array_equal((await workers.run("double", {"x": X}, ()))["y"], 2 * X)
+        assert stuck[0] is not None
         with pytest.raises(WorldError) as caught:
-            await (await stuck[0])
+            await stuck[0]
         assert caught.value.reason == "worker_lost"
         await renewal
         assert gone(old)

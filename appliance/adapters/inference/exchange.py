@@ -68,8 +68,13 @@ class Exchange:
         """Bytes of shared memory now."""
         return self._arena.size
 
-    async def put(self, form: Form, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Parcel:
-        """Copy a checked batch in, after waiting for room if there is none.
+    async def room(self) -> None:
+        """Return when a batch has left since `put` found no room."""
+        self._freed.clear()
+        await self._freed.wait()
+
+    def put(self, form: Form, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Parcel | None:
+        """Copy a checked batch in; None if there is no room for it now.
 
         Raises: TheirsError (`oversized`), WorldError (`memory`, `worker_lost`).
         """
@@ -77,15 +82,14 @@ class Exchange:
         wanted = sum(1 << bit for bit, spec in enumerate(form.signature.outputs) if not outputs or spec.name in outputs)
         sort: Sort = (wanted, *(array.shape for array in arrays))
         room_bytes = form.rooms.get(sort, 0)
-        while True:
-            places = [lent(array) for array in arrays]  # anew after each wait: a region may have been closed meanwhile
-            sizes = [array.nbytes if place is None else 0 for array, place in zip(arrays, places, strict=True)]
-            offsets, inputs_bytes = tensors.lay(0, sizes)
-            region = self._take(inputs_bytes + room_bytes)
-            if region is not None:
-                break
-            self._freed.clear()
-            await self._freed.wait()
+        places = [lent(array) for array in arrays]
+        sizes = [array.nbytes if place is None else 0 for array, place in zip(arrays, places, strict=True)]
+        offsets, inputs_bytes = tensors.lay(0, sizes)
+        if inputs_bytes + room_bytes > self._arena.limit_bytes:
+            room_bytes = 0  # the outputs spill: better than a batch that could never run
+        region = self._take(inputs_bytes + room_bytes)
+        if region is None:
+            return None
         sources: list[Source] = []
         for array, place, offset in zip(arrays, places, offsets, strict=True):
             if place is None:

@@ -14,13 +14,17 @@ from appliance.contract.errors import ApplianceError, OursError
 
 @dataclass(eq=False, slots=True)
 class Pending:
-    """One piece of work: `model` is whose, `deadline_s` how long it may be first, `parcel` what it holds meanwhile."""
+    """One piece of work: `model` is whose, `deadline_s` how long it may be first, `parcel` what it holds meanwhile.
+
+    `left` is called once, when it leaves the line, whatever became of its future.
+    """
 
     id: int
     model: str
     deadline_s: float
     future: asyncio.Future[Any]
     parcel: Any = None
+    left: Callable[[], None] | None = None
 
 
 class Lane:
@@ -57,7 +61,10 @@ class Lane:
         if pending is None or pending.id != number:
             raise OursError("protocol", f"answer {number} is out of turn")
         self._since = self._loop.time()
-        return self._line.pop(number)
+        del self._line[number]
+        if pending.left is not None:
+            pending.left()
+        return pending
 
     def due(self) -> float | None:
         """When the first piece's deadline is, in the loop's time; None if there is no work."""
@@ -76,6 +83,8 @@ class Lane:
             self._timer = None
         line, self._line = self._line, {}
         for pending in line.values():
+            if pending.left is not None:
+                pending.left()
             if not pending.future.done():
                 pending.future.set_exception(error())
         return tuple(dict.fromkeys(pending.model for pending in line.values() if pending.model))

@@ -62,7 +62,6 @@ class Process:
         self._batches = Lane(self._loop, self._judge)
         self._loads = Lane(self._loop, self._judge)
         self._reaped = asyncio.Event()
-        self._entering = 0
         self._leaving = False
         self.alive = True
         self.exchange = Exchange(limits.arena_bytes, self._announce, self._retire, self._lend)
@@ -125,28 +124,25 @@ class Process:
         """Return when the model's memory is given back. Raises: WorldError (`worker_lost`)."""
         await self._aside(lambda number: protocol.Unload(number, handle))
 
-    async def run(
-        self, handle: int, model: str, form: Form, batch: tuple[Mapping[str, Array], Sequence[str]]
-    ) -> asyncio.Future[dict[str, Array]]:
-        """Send a checked batch (its inputs, and the names of the wanted outputs) and return the future of its outputs.
+    def run(
+        self, handle: int, model: str, form: Form, batch: tuple[Mapping[str, Array], Sequence[str]], left: Callable[[], None]
+    ) -> asyncio.Future[dict[str, Array]] | None:
+        """Send a checked batch (its inputs, and the names of the wanted outputs); None if its tensors find no room now.
 
-        The future raises TheirsError (`model`, `oversized`), WorldError (`memory`, `worker_lost`).
+        The future raises TheirsError (`model`, `oversized`), WorldError (`memory`, `worker_lost`); cancelling it leaves the batch in the
+        child. `left` is called when the child is done with it.
         Raises: the last three.
         """
-        self._entering += 1
-        try:
-            parcel = await self.exchange.put(form, *batch)
-        except BaseException:
-            self._entering -= 1
-            self._part()
-            raise
-        self._entering -= 1
-        pending = Pending(next(self._ids), model, self._limits.batch_deadline_s, self._loop.create_future(), parcel)
-        ask = protocol.Run(
-            pending.id, handle, parcel.region.segment.number, parcel.room_at, parcel.room_bytes, parcel.wanted, parcel.sources
+        parcel = self.exchange.put(form, *batch)
+        if parcel is None:
+            return None
+        future: asyncio.Future[dict[str, Array]] = self._loop.create_future()
+        pending = Pending(next(self._ids), model, self._limits.batch_deadline_s, future, parcel, left)
+        self._post(
+            protocol.Run(pending.id, handle, parcel.region.segment.number, parcel.room_at, parcel.room_bytes, parcel.wanted, parcel.sources)
         )
-        self._post(ask)
-        return self._batches.add(pending)
+        self._batches.add(pending)
+        return future
 
     def measure(self) -> None:
         """Ask the child for its memory, if it is idle; `memory` changes when it answers."""
@@ -179,7 +175,7 @@ class Process:
         return self._batches.add(pending)
 
     def _part(self) -> None:
-        if self._leaving and not (self._entering or self._batches or self._loads):
+        if self._leaving and not (self._batches or self._loads):
             self._end("closed")
 
     def _lend(self, mapping: Lent) -> None:

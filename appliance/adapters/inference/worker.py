@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from appliance.adapters.inference.changes import Change, Lost, ModelStats, Renewed, Restored, WorkerStats
@@ -43,7 +43,8 @@ class Worker:
         self._renewal: asyncio.Future[Process] | None = None
         self._wake = asyncio.Event()
         self._roster = Roster(number, limits, tell, self._wake)
-        self._slots = asyncio.Semaphore(limits.depth)
+        self._free = limits.depth
+        self._freed = asyncio.Event()
         self._delay_s = 0.0
         self._lost_at: float | None = None
         self._losses = 0
@@ -88,24 +89,30 @@ class Worker:
             with contextlib.suppress(ApplianceError):  # a lost process holds nothing
                 await process.unload(model.handle)
 
-    async def run(self, model: Copy, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Run a checked batch as soon as the model is loaded and the child has a slot.
+    def run(self, model: Copy, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Awaitable[dict[str, Array]]:
+        """Run a checked batch: at once, and then what is returned is a future, or as soon as the model is loaded and the child has a slot.
 
-        Raises: TheirsError (`model`, `oversized`), WorldError (`memory`, `worker_lost`).
+        Raises, itself or what it returns: TheirsError (`model`, `oversized`), WorldError (`memory`, `worker_lost`).
         """
-        give_up = 0.0
+        return self._posted(model, inputs, outputs) or self._run_later(model, inputs, outputs)
+
+    async def _run_later(self, model: Copy, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        give_up = asyncio.get_running_loop().time() + self._limits.reload_wait_s
         self.busy += 1
         try:
             while True:
                 if model.process is None:
-                    give_up = give_up or asyncio.get_running_loop().time() + self._limits.reload_wait_s
                     await self._roster.settled(model, give_up)
-                await self._slots.acquire()
-                future = await self._posted(model, inputs, outputs)
-                if future is not None:
-                    return await asyncio.shield(future)
+                elif not self._free:
+                    self._freed.clear()
+                    await self._freed.wait()
+                elif (future := self._posted(model, inputs, outputs)) is not None:
+                    break
+                elif model.process is not None:
+                    await model.process.exchange.room()
         finally:
             self.busy -= 1
+        return await future
 
     async def renew(self) -> None:
         """Replace the process by a fresh one that holds the same models; return when the old one is gone. No batch fails by it.
@@ -173,22 +180,20 @@ class Worker:
             self._roster.refuse(model, away("the engine is closed"))
         await asyncio.gather(*(process.reaped() for process in self._processes()))
 
-    async def _posted(self, model: Copy, inputs: Mapping[str, Array], outputs: Sequence[str]) -> asyncio.Future[dict[str, Array]] | None:
-        """Post a batch; its slot is free when the child has answered, even if the caller has gone. None if the process was lost."""
-        future: asyncio.Future[dict[str, Array]] | None = None
-        try:
-            if model.process is not None and model.form is not None:
-                future = await model.process.run(model.handle, model.key, model.form, (inputs, outputs))
-                future.add_done_callback(self._answered)
-        finally:
-            if future is None:
-                self._slots.release()
+    def _posted(self, model: Copy, inputs: Mapping[str, Array], outputs: Sequence[str]) -> asyncio.Future[dict[str, Array]] | None:
+        """Post a batch; its slot is free when the child has answered, even if the caller has gone. None if it cannot be posted now."""
+        if model.process is None or model.form is None or not self._free:
+            return None
+        future = model.process.run(model.handle, model.key, model.form, (inputs, outputs), self._returned)
+        if future is not None:
+            self._free -= 1
+            self.busy += 1
         return future
 
-    def _answered(self, future: asyncio.Future[dict[str, Array]]) -> None:
-        self._slots.release()
-        if not future.cancelled():
-            future.exception()  # seen, even if the caller has gone: asyncio complains of errors that nobody looks at
+    def _returned(self) -> None:
+        self._free += 1
+        self.busy -= 1
+        self._freed.set()
 
     async def _up(self) -> Process | None:
         process = None

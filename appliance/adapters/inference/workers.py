@@ -10,7 +10,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -112,19 +112,19 @@ class Workers:
             await _forget(before.copies)
         return LoadedModel(key, signature)
 
-    async def run(self, key: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Run one batch; empty `outputs` means all. The arrays returned are the caller's own.
+    def run(self, key: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Awaitable[dict[str, Array]]:
+        """Run one batch; empty `outputs` means all. The arrays returned are the caller's own. A batch that can run now is on its way already.
 
-        Raises: TheirsError (`unknown_model`, `malformed`, `model`, `oversized`), WorldError (`memory`, `worker_lost`).
+        Raises, itself or what it returns: TheirsError (`unknown_model`, `malformed`, `model`, `oversized`), WorldError (`memory`, `worker_lost`).
         """
         model = self._models.get(key)
         if model is None:
             raise TheirsError("unknown_model", "is not loaded", where=f"model {key!r}")
         tensors.check(model.signature, inputs, outputs)
-        copy, worker = min(model.copies, key=_reluctance)
+        copy, worker = model.copies[0] if len(model.copies) == 1 else min(model.copies, key=_reluctance)
         if copy.process is None:
             self._open()
-        return await worker.run(copy, inputs, outputs)
+        return worker.run(copy, inputs, outputs)
 
     async def unload(self, key: str) -> None:
         """Forget a model and return its memory; batches that are in flight are answered. Not an error if it is unknown."""
