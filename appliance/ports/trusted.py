@@ -84,7 +84,7 @@ class Weights(Protocol):
     """The container format of weights at rest; plaintext goes to anonymous memory only."""
 
     def open(self, container: str, artifact: CompiledArtifact, data_key: bytes) -> int:
-        """Decrypt a container file (path) into a sealed memfd, check root and plaintext hash, return the descriptor.
+        """Decrypt a container file (path) into a sealed memfd, check that it is the signed model, return the descriptor.
 
         Raises: TheirsError (`tampered`, `wrong_key`), WorldError (`disk`, `memory`).
         """
