@@ -57,7 +57,7 @@ CHILD = textwrap.dedent(
             say("open")
             if sys.argv[4] == "rounds":
                 for number in range(count):
-                    names = [f"{producer}-{number}" for producer in range(8)]
+                    names = [f"{producer}-{number}" for producer in range(int(sys.argv[5]))]
                     payloads = (random.Random(name).randbytes(300_000 if name.endswith("-7") else 1_000) for name in names)
                     parcels = (Parcel(kind="request", idem=name, payload=payload) for name, payload in zip(names, payloads))
                     await asyncio.gather(*(store.put(parcel) for parcel in parcels))
@@ -130,16 +130,17 @@ def killed_at_random(folder: Path, run: int, chance: random.Random, *, send: boo
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_no_written_file_is_unsynced_when_a_promise_is_given(folder: Path) -> None:
-    """Follow every write, sync and new file of the process: whenever it tells a group's promises, nothing of the queue waits for the disk."""
+@pytest.mark.parametrize("producers", [8, 1])
+def test_no_written_file_is_unsynced_when_a_promise_is_given(folder: Path, producers: int) -> None:
+    """In groups and alone: follow every write, sync and new file of the process: whenever it tells a group's promises, nothing of the queue waits for the disk."""
     log = folder.parent / "trace"
     calls = "trace=openat,close,write,pwrite64,writev,pwritev,ftruncate,fsync,fdatasync,rename,unlink,mkdir"
     subprocess.run(
-        ["strace", "-f", "-y", "-s", "64", "-e", calls, "-o", str(log), sys.executable, "-c", CHILD, str(folder), "0", "48", "rounds"],
+        ["strace", "-f", "-y", "-s", "64", "-e", calls, "-o", str(log), sys.executable, "-c", CHILD, str(folder), "0", "48", "rounds", f"{producers}"],
         check=True, capture_output=True, timeout=100,
     )  # fmt: skip
     promises, dirty_promises, seen = judged(log.read_text(), str(folder))
-    assert promises == 8 * 48
+    assert promises == producers * 48
     assert dirty_promises == []
     assert "pwrite64" in seen
     assert seen & {"fdatasync", "fsync"}

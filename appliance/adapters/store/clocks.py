@@ -28,7 +28,11 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
+@cache
+def _timex() -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(_TIMEX_BYTES)  # modes, its first field, stays 0: only read; nobody looks at the rest
+
+
 def _synchronised() -> bool:
-    buffer = ctypes.create_string_buffer(_TIMEX_BYTES)  # all zero: modes 0 only reads
-    state: int = _libc().adjtimex(buffer)
+    state: int = _libc().adjtimex(_timex())
     return 0 <= state < _TIME_ERROR

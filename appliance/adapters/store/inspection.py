@@ -6,7 +6,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from appliance.adapters.store.ledger import Counters, item_of
+from appliance.adapters.store.ledger import counted, item_of
 from appliance.adapters.store.payloads import Codec, Packer
 from appliance.adapters.store.schema import FORMAT, FROM_ITEMS, ITEM
 from appliance.adapters.store.segments import Segments
@@ -84,7 +84,6 @@ class Inspection:
 
     def counters(self) -> dict[str, Any]:
         """The counters as of the last commit, and the queue time of the oldest waiting item."""
-        row = self._connection.execute("SELECT json FROM state").fetchone()
-        counters: dict[str, Any] = msgspec.to_builtins(Counters() if row is None else msgspec.json.decode(row[0], type=Counters))
+        counters: dict[str, Any] = msgspec.to_builtins(counted(self._connection))
         oldest = self._connection.execute("SELECT queued_s FROM items WHERE reason IS NULL ORDER BY seq LIMIT 1").fetchone()
         return counters | {"oldest_queued_s": oldest[0] if oldest else None}

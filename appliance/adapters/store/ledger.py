@@ -1,6 +1,8 @@
 """One transaction at a time over the tables: clocks and counters at its start, all or nothing at its end.
 
-1. `state` (counters, next `seq`, queue time) is written in the transaction that changes it; after a rollback it is read back.
+1. `state` (counters, next `seq`, queue time) is written in the transaction that changes it; after a rollback it is read back. A lone put leaves it as
+   it was, and costs a page less: rows from the written `next_seq` on are not in the written counters yet, and `counted` adds them. After
+   `UNCOUNTED` of them, before anything else changes a table, and at the end, it is written.
 2. Leases are in memory only: after a crash every item is ready again (at least once; the receiver dedupes).
 3. Queue time goes on where the last commit left it when the machine was rebooted, so it never runs backwards and never claims time that is not known
    to have passed. The wall clock is used by the TTL alone.
@@ -22,6 +24,10 @@ from appliance.contract.errors import WorldError
 
 Row = tuple[Any, ...]
 Bindings = Sequence[Any] | dict[str, Any]
+UNCOUNTED = 64
+"""So many rows at most are counted anew when the state is read."""
+_NOT_SAVED = (-UNCOUNTED, 0)
+"""`next_seq` and boot of which the disk may not know: the next put goes the long way."""
 _UNKNOWN_BOOT = 1 << 20
 """A boot number above any that rows of a damaged store may have."""
 
@@ -64,6 +70,7 @@ class Ledger:
         self._created: list[int] = []
         self._forgotten: list[int] = []
         self._changes = 0
+        self._saved = _NOT_SAVED
         self.state = self._load()
         self.now = clocks()
         self._read_clocks()
@@ -85,6 +92,23 @@ class Ledger:
             self.segments.remove(seq)
         self._forget_journal()
 
+    def begin_alone(self) -> bool:
+        """Start what one statement will do and commit by itself; False: it has to be a transaction, for the counters' sake."""
+        self._read_clocks()
+        seq, boot = self._saved
+        self._leased_before = self.leases
+        return self.state.boot == boot and self.state.next_seq - seq < UNCOUNTED
+
+    def end_alone(self) -> None:
+        """The statement has committed."""
+        self.state.latest_s = self.now_s
+        self._forget_journal()
+
+    def settle(self) -> None:
+        """Write the counters as they are. Raises: apsw.Error."""
+        if self.state.next_seq != self._saved[0]:
+            self._save()
+
     def rollback(self) -> None:
         """Undo everything since `begin`, in the tables and beside them."""
         if self.connection.in_transaction:
@@ -93,6 +117,7 @@ class Ledger:
         for seq in self._created:
             self.segments.remove(seq)
         self._forget_journal()
+        self._saved = _NOT_SAVED
         self.state = self._load()
 
     def one(self, sql: str, bindings: Bindings = ()) -> Row | None:
@@ -187,11 +212,11 @@ class Ledger:
         self._created, self._forgotten, self.dropped = [], [], []
 
     def _load(self) -> Counters:
-        row = self.one("SELECT json FROM state")
-        return Counters() if row is None else msgspec.json.decode(row[0], type=Counters)
+        return counted(self.connection)
 
     def _save(self) -> None:
         self.connection.execute("INSERT OR REPLACE INTO state VALUES(1, ?)", (msgspec.json.encode(self.state).decode(),))
+        self._saved = self.state.next_seq, self.state.boot
 
     def _read_clocks(self) -> None:
         reading = self._clocks()
@@ -200,6 +225,22 @@ class Ledger:
             state.boot_id, state.boot, state.base_s = reading.boot_id, state.boot + 1, state.latest_s - reading.boot_s
         self.now_s = max(state.base_s + reading.boot_s, state.latest_s)
         self.now = Instant(str(state.boot), reading.boot_s, reading.wall_s, reading.trusted)
+
+
+def counted(connection: apsw.Connection) -> Counters:
+    """The counters as of the last commit (rule 1), in one statement, so that a reader beside the writer sees one moment. Raises: apsw.Error."""
+    query = (
+        "SELECT s.json, i.kind, count(i.seq), sum(i.size), max(i.seq), max(i.queued_s) FROM state s "
+        "LEFT JOIN items i ON i.seq >= s.json ->> '$.next_seq' GROUP BY i.kind"
+    )
+    counters: Counters | None = None
+    for text, kind, items, size, seq, queued_s in connection.execute(query):
+        counters = counters or msgspec.json.decode(text, type=Counters)
+        if kind is not None:
+            counters.account(kind, items, size)
+            counters.next_seq = max(counters.next_seq, seq + 1)
+            counters.latest_s = max(counters.latest_s, queued_s)
+    return counters or Counters()
 
 
 def item_of(row: Row) -> Item:

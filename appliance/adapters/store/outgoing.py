@@ -1,6 +1,7 @@
 """What happens to items in one transaction: put, take, settle. The rules are those of `core.reach.deferral`; `due` there is the reference of `take`.
 
-1. A group of puts is one statement over up to 64 rows; duplicates are found by what is missing afterwards.
+1. A group of puts is one statement over up to 64 rows; duplicates are found by what is missing afterwards. A lone put that fits is one statement
+   and its own transaction.
 2. `take` writes the attempt before it is made: an item that kills the process is counted, and buried when its class has had enough.
 3. Only heads are looked at, in rank order, and items whose lease or backoff runs are stepped over.
 4. What is too old or damaged is never handed out. A damaged item becomes a dead letter: its row may still tell an operator something.
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 from appliance.adapters.store.ledger import Ledger, item_of
 from appliance.adapters.store.room import EXPIRED, Room
-from appliance.adapters.store.schema import COLUMNS, FROM_ITEMS, ITEM, ROWS_AT_ONCE, insert, listed
+from appliance.adapters.store.schema import COLUMNS, FROM_ITEMS, INSERT_ALONE, INSERT_KEYED, ITEM, ROWS_AT_ONCE, insert, listed
 from appliance.adapters.store.segments import SEGMENT_BYTES
 from appliance.contract.deferral import (
     AGEING_S,
@@ -82,6 +83,26 @@ class Outgoing:
                 self._flush(rows, slots, answers)
         self._flush(rows, slots, answers)
         return answers
+
+    def put_alone(self, parcel: Parcel) -> Stored | ApplianceError | None:
+        """Store one parcel outside of a transaction; None: it needs one, and nothing is stored. Raises: OSError, apsw.Error, as `put`."""
+        ledger = self._ledger
+        self._room.observe()
+        try:
+            row = self._row(parcel)
+        except ApplianceError as error:
+            return error
+        seq, size = row[0], row[_SIZE]
+        if not self._room.fits(parcel.kind, size):
+            ledger.abandon(seq)
+            return None
+        before = ledger.connection.total_changes()
+        ledger.connection.execute(INSERT_KEYED if parcel.key else INSERT_ALONE, row)
+        if ledger.connection.total_changes() == before:
+            ledger.abandon(seq)
+            return Stored(0, duplicate=True)
+        ledger.state.account(parcel.kind, 1, size)
+        return Stored(seq)
 
     def take(self, kinds: Iterable[str], items: int, size: int, lease_s: float) -> Taken:
         """Lease what is due."""

@@ -52,6 +52,18 @@ def insert(rows: int) -> str:
     return " ".join(("INSERT INTO items(", ", ".join(COLUMNS), ") VALUES", values, "ON CONFLICT(idem) DO NOTHING"))
 
 
+def _alone(head: str) -> str:
+    values = [f"?{number}" if name != "head" else head for number, name in enumerate(COLUMNS, 1)]
+    unless = "WHERE NOT EXISTS (SELECT 1 FROM done WHERE idem = ?2 AND outcome = 'delivered') ON CONFLICT(idem) DO NOTHING"
+    return " ".join(("INSERT INTO items(", ", ".join(COLUMNS), ") SELECT", ", ".join(values), unless))
+
+
+INSERT_ALONE = _alone("1")
+"""One row; what was delivered, or is held, is left out silently."""
+INSERT_KEYED = _alone("NOT EXISTS (SELECT 1 FROM items WHERE okey = ?3 AND okey <> '' AND reason IS NULL)")
+"""The same for an item with a key: it is the head if no earlier one waits."""
+
+
 @cache
 def insert_done(rows: int) -> str:
     """The statement that notes the fate of so many keys, without answers."""

@@ -13,6 +13,7 @@ import asyncio
 import errno
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from appliance.adapters.store.receiving import Receiving
 from appliance.adapters.store.rescue import rescue
 from appliance.adapters.store.room import Admission, Room
 from appliance.adapters.store.segments import Segments, sync_folder
-from appliance.contract.deferral import Instant, Parcel, Rules
+from appliance.contract.deferral import Instant, Parcel, Rules, Stored
 from appliance.contract.errors import ApplianceError, OursError, WorldError
 
 GROUP_COMMANDS = 256
@@ -206,6 +207,9 @@ class Writer:
     def _transaction(self, group: Sequence[Command]) -> list[Any]:
         """All commands in one transaction; an ApplianceError is the answer of its command alone and changed nothing."""
         desk = self.desk
+        alone = self._alone_put(group)
+        if alone is not None:
+            return [alone]
         answers: list[Any] = []
         try:
             desk.ledger.begin()
@@ -226,6 +230,23 @@ class Writer:
         self.commits += 1
         self.committed += len(group)
         return answers
+
+    def _alone_put(self, group: Sequence[Command]) -> Stored | ApplianceError | None:
+        """The answer of a group that is one put; None: it has to go the long way."""
+        what = group[0].what if len(group) == 1 else None
+        ledger = self.desk.ledger
+        if not isinstance(what, Parcel) or self.starved or not ledger.begin_alone():
+            return None
+        try:
+            answer = self.desk.outgoing.put_alone(what)
+        except BaseException:
+            ledger.rollback()
+            raise
+        if answer is not None:
+            ledger.end_alone()
+            self.commits += 1
+            self.committed += 1
+        return answer
 
     def _put(self, parcels: list[Parcel]) -> Sequence[Any]:
         if self.starved:
@@ -261,6 +282,9 @@ class Writer:
 
     def _close(self) -> None:
         clean = self._broken is None
+        if clean:
+            with suppress(apsw.Error):  # a full disk: who opens next counts anew
+                self.desk.ledger.settle()
         try:
             self.desk.ledger.connection.close(True)
         except apsw.Error as error:
