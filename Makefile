@@ -5,7 +5,7 @@ FAST := not slow
 export ORT_DISABLE_TELEMETRY := 1
 LOCK := --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-find-links --no-emit-index-url
 
-.PHONY: run test spire chaos check setup bundle docs bench simulate bench-peers lock clean
+.PHONY: run test spire chaos kills check setup bundle docs bench simulate bench-peers lock clean
 
 run: setup bundle ## a broker, a software TPM, a cloud, a region and DEVICES=1 devices read shelf labels; RUN_FOR=60 stops by itself
 	@$(PYTHON) -m appliance lab
@@ -20,6 +20,9 @@ spire: setup ## ten minutes under load on real SPIRE with identities that last 6
 
 chaos: setup ## a fleet at peak load is broken on purpose, and every promise is counted: about 8 minutes, as root; docs/chaos.md
 	@$(PYTHON) -m tests.chaos.run
+
+kills: setup ## ROUNDS=200 times kill -9 of device, broker or region under a load of promises, each counted at the end: about 8 minutes; docs/chaos.md
+	@ROUNDS=$(or $(ROUNDS),200) $(PYTHON) -m tests.kills.run
 
 check: setup ## format, lint, types, house rules, fast tests: under 90 s
 	@.venv/bin/ruff format --check --quiet . && .venv/bin/ruff check --quiet .

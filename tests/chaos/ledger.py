@@ -75,6 +75,17 @@ def effects(lab: Lab) -> Counter[Key]:
     return Counter((device, key) for device, key, _ in records)
 
 
+def effects_unordered(lab: Lab) -> int:
+    """How many effects came after that of a later event of the same device; a record that was written again counts where it was first."""
+    records = {(str(line["device"]), str(line["number"])): str(line["data_key"]) for line in _lines(lab, "region", '"data_key"')}
+    last: dict[str, str] = {}
+    wrong = 0
+    for (device, _), key in records.items():
+        wrong += key < last.get(device, "")
+        last[device] = key
+    return wrong
+
+
 def kept(lab: Lab) -> Counter[str]:
     """How often a device's log says that a promised request was answered, by id."""
     return Counter(str(line["id"]) for device in lab.devices for line in _lines(lab, device.name, '"promise_kept"'))
