@@ -30,6 +30,8 @@ SLO_SHARE = 0.85
 """Admission aims below the SLO: at all of it, half of what is admitted last is late (measured at 120 % load: p99 178 ms for an SLO of 150)."""
 HELD_MOST = 256
 """Refusals that may be kept back at a time; each holds its request's body."""
+KEPT_S = 0.005
+"""A turn that is nearer is waited for here: telling the caller and hearing it again costs more (of a light model, as much as an answer)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +148,9 @@ class Lane:
             caller=request.caller,
         )
         if isinstance(offered, Refused):
-            if offered.hold and not held and self._hands.pool.held < HELD_MOST:
-                return await self._later(request, deadline, offered.retry_after_s or 0.0)
+            after_s = inf if offered.retry_after_s is None else offered.retry_after_s
+            if (offered.hold or after_s <= KEPT_S) and not held and self._hands.pool.held < HELD_MOST:
+                return await self._later(request, deadline, after_s)
             raise refusal(offered.reason, offered.retry_after_s)
         for entry in offered.displaced:
             _fail(entry, refusal(Outcome.BACKLOG_FULL, self.backlog.retry_after_s(arrived)))
@@ -172,7 +175,7 @@ class Lane:
         return asyncio.get_running_loop().call_later(max(0.0, deadline - self._hands.clock.monotonic()), over)
 
     async def _later(self, request: Request, deadline: float, after_s: float) -> Answer:
-        """Keep a caller back who is deaf to refusals, until its hint has passed or its time is over; then treat it like anybody."""
+        """Keep a caller back who is deaf to refusals, or whose turn is near, until then or until its time is over; then treat it like anybody."""
         pool, clock = self._hands.pool, self._hands.clock
         pool.held += 1
         try:

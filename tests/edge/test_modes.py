@@ -414,6 +414,29 @@ def test_the_worker_is_shared_by_rank_so_no_model_starves_another() -> None:
     lived(body)
 
 
+@pytest.mark.parametrize(("slowdown", "answered"), [(0.01, 40), (1.0, 17)], ids=["0.1 ms", "10 ms"])
+def test_a_burst_waits_where_its_turns_are_near_and_is_refused_where_not(slowdown: float, answered: int) -> None:
+    """Forty at once find seventeen places: of a model that needs 4 ms for all, all are answered; of a slow one, the rest is refused at once."""
+
+    async def body(device: Device) -> None:
+        device.slowdown = slowdown
+        await device.mount("v2")
+        began = device.clock.monotonic()
+
+        async def caller(name: int) -> tuple[bool, float]:
+            try:
+                await device.serving.infer(Request("", "m", {"x": np.ones((1, 2), np.float32)}, tags=Tags(timeout_s=1.0), caller=name))
+            except WorldError:
+                return False, device.clock.monotonic() - began
+            return True, 0.0
+
+        told = await asyncio.gather(*map(caller, range(40)))
+        assert abs(sum(good for good, _ in told) - answered) <= 1
+        assert max(after_s for _, after_s in told) <= 0.001
+
+    lived(body, modes=[Mode.FULL])
+
+
 def test_callers_who_repeat_refused_requests_at_once_are_paced_by_their_refusals() -> None:
     """Twenty-four such callers beside eight polite ones: after a few early returns each refusal is kept back, so that few are made at all."""
 
