@@ -19,6 +19,7 @@ from appliance.contract.vocabulary import LinkState
 from appliance.core.reach.deferral import Failure, Policy, settle
 from appliance.core.reach.replay import ReplayPace
 from appliance.daily.settling import obey
+from appliance.daily.taking import Taking
 from appliance.ports import Clock, Link, Outbox
 
 KINDS = (Kind.RESULT, Kind.EVENT, Kind.TELEMETRY)
@@ -51,6 +52,7 @@ class Delivering:
         self._link = link
         self._clock = clock
         self._outbox = outbox
+        self._taking = Taking(outbox, KINDS, items=WINDOW, lease_s=4 * ask_timeout_s)
         self._topic = topic
         self._policies = policies
         self._state = state
@@ -87,10 +89,8 @@ class Delivering:
 
     async def _round(self, moved: Callable[[], None]) -> bool:
         """Take what is due and send it; False if there was nothing, or no way."""
-        try:
-            taken = await self._outbox.take(KINDS, items=WINDOW, lease_s=4 * self._ask_timeout_s)
-        except WorldError as error:
-            self._log.warning("queue_not_read", reason=error.reason, what=str(error))
+        taken = await self._taking.take()
+        if taken is None:
             return False
         self._tell(taken.dropped)
         if not taken.items:

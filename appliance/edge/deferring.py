@@ -20,6 +20,7 @@ from appliance.contract.inference import Answer, Promise, Request
 from appliance.contract.remote import pack_request, pack_result, unpack_request, unpack_result
 from appliance.core.reach.deferral import Failure, Policy, settle
 from appliance.daily.settling import obey
+from appliance.daily.taking import Taking
 from appliance.ports import Outbox
 
 TICK_S = 0.5
@@ -44,6 +45,7 @@ class Deferring:
         tick_s: float = TICK_S,
     ) -> None:
         self._outbox = outbox
+        self._taking = Taking(outbox, (Kind.REQUEST,), items=AT_ONCE, lease_s=LEASE_S)
         self._policy = policies[Kind.REQUEST]
         self._compute = compute
         self._calm = calm
@@ -98,10 +100,8 @@ class Deferring:
 
     async def _one(self) -> bool:
         """Take one request and compute it; False if there was none."""
-        try:
-            taken = await self._outbox.take((Kind.REQUEST,), items=AT_ONCE, lease_s=LEASE_S)
-        except WorldError as error:
-            self._log.warning("queue_not_read", reason=error.reason, what=str(error))
+        taken = await self._taking.take()
+        if taken is None:
             return False
         for each in taken.dropped:
             self._told(each)

@@ -17,11 +17,12 @@ from appliance.lab.authority import Workload
 from appliance.lab.broker import Broker
 from appliance.lab.issuing import Issuer, OwnAuthority
 from appliance.lab.network import Network
+from appliance.lab.ports import free_port
 from appliance.lab.reference import Reference
 from appliance.lab.site import Site, toml
 from appliance.lab.spire import Spire
 from appliance.lab.stream import Stream
-from appliance.lab.units import Unit, free_port
+from appliance.lab.units import Unit
 
 REGION = "lab"
 MODEL = "label-reader"

@@ -9,7 +9,6 @@
 
 import hashlib
 import os
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from appliance.contract.errors import WorldError
+from appliance.lab import ports
 
 BOOT_PCRS = (0, 4, 7, 11)
 """Firmware, boot loader, secure boot policy, kernel image."""
@@ -27,7 +27,6 @@ SETUP_TIMEOUT_S = 60.0
 """swtpm_setup takes about 1 s; making the authority's two 3072-bit RSA keys may take as long again."""
 
 _HOST = "127.0.0.1"
-_PORT_TRIES = 50
 
 
 class Extendable(Protocol):
@@ -72,16 +71,7 @@ def roots(state: Path) -> list[bytes]:
 
 def free_port() -> int:
     """A port of the loopback that is free now, as is the one after it. Raises: WorldError (`ports`)."""
-    for _ in range(_PORT_TRIES):
-        with socket.socket() as first, socket.socket() as second:
-            first.bind((_HOST, 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind((_HOST, port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
-    raise WorldError("ports", "found no two neighbouring free ports", where=_HOST)
+    return ports.free_port(neighbours=1)
 
 
 def command(state: Path, port: int, host: str = _HOST) -> list[str]:

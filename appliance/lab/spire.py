@@ -35,8 +35,9 @@ from appliance.core.trust.tpm_structures import parse_public, parse_signature
 from appliance.lab import softtpm, spire_settings
 from appliance.lab.authority import Workload
 from appliance.lab.issuing import Credential
+from appliance.lab.ports import free_port
 from appliance.lab.turnstile import Turnstile
-from appliance.lab.units import Unit, free_port
+from appliance.lab.units import Unit
 
 VERSION = "1.13.3"
 PROGRAMS = ("spire-server", "spire-agent")

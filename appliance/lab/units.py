@@ -165,10 +165,3 @@ class Unit:
             self._socket.close()
             self._socket = None
             Path(self._address).unlink(missing_ok=True)
-
-
-def free_port() -> int:
-    """A TCP port on loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

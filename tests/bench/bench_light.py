@@ -35,7 +35,7 @@ from appliance.edge.lane import Hands, Pool
 from appliance.edge.serving import Serving
 from appliance.edge.stand import Form, Policy
 from appliance.edge.tally import Tally
-from appliance.lab.units import free_port
+from appliance.lab.ports import free_port
 from appliance.workshop.bench_tree import Tree
 from appliance.workshop.load import Manners, Opens, closed_loop
 from appliance.workshop.load_http import HttpAsker, address, infer_request, request

@@ -17,7 +17,7 @@ from pathlib import Path
 from peers.grpc_asker import Calls, GrpcAsker, bytes_request
 from peers.models import Model
 
-from appliance.lab.units import free_port
+from appliance.lab.ports import free_port
 from appliance.workshop.bench_tree import Tree
 from appliance.workshop.load import Opens
 from appliance.workshop.load_http import HttpAsker, address, infer_request, request
