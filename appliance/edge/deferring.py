@@ -24,6 +24,8 @@ from appliance.daily.taking import Taking
 from appliance.ports import Outbox
 
 TICK_S = 0.5
+COMMIT_S = 4.0
+"""A caller waits no longer for a promise: a disk that is slower has a fault, or minutes of work before it."""
 LEASE_S = 120.0
 AT_ONCE = 1
 LATER = frozenset({"unknown_model"})
@@ -57,13 +59,19 @@ class Deferring:
     async def promise(self, request: Request, why: ApplianceError) -> Promise:
         """Keep a request and promise its answer; returns after the commit.
 
-        Raises: TheirsError (`oversized`, `idem`), WorldError (`queue_full`, `disk_full`, `disk`): then nothing is promised.
+        Raises: TheirsError (`oversized`, `idem`), WorldError (`queue_full`, `disk_full`, `disk`): then nothing is promised. A disk that took longer
+        than `COMMIT_S` may still have kept it; the same id finds it.
         """
         idem = request.id or secrets.token_hex(16)
         if len(idem) > IDEM_LIMIT:
             raise TheirsError("idem", f"an id of {len(idem)} characters, at most {IDEM_LIMIT} can be promised", where="id")
         payload = await asyncio.to_thread(pack_request, replace(request, id=idem, caller=None), PAYLOAD_LIMIT)
-        stored = await self._outbox.put(Parcel(kind=Kind.REQUEST, idem=idem, payload=payload))
+        try:
+            async with asyncio.timeout(COMMIT_S):
+                stored = await self._outbox.put(Parcel(kind=Kind.REQUEST, idem=idem, payload=payload))
+        except TimeoutError as error:
+            what = f"the disk has not committed the request within {COMMIT_S:g} s"
+            raise WorldError("disk", what, where=idem, remedy="ask again under the same id", retry_after_s=1.0) from error
         for each in stored.dropped:
             self._told(each)
         return Promise(idem, str(why.what), why.retry_after_s or 1.0)

@@ -21,6 +21,8 @@ from appliance.contract.errors import OursError
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 THREAD_S = 0.000_5
+STILL_STEPS = 1_000_000
+"""So many steps in one moment have no end; a whole life of a fleet has some tens of thousands."""
 WALL_S = 1_700_000_000.0
 """Seconds since the epoch at which virtual time starts, so that nothing depends on today."""
 
@@ -43,6 +45,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._soon: deque[asyncio.Handle] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._numbers = itertools.count(1)
+        self._moved_at = 0
         self.steps = 0
 
     def time(self) -> float:
@@ -96,8 +99,11 @@ class SimLoop(asyncio.BaseEventLoop):
                 raise OursError("virtual_time", "nothing is ready and no timer is set: everybody waits for everybody")
             when, _, timer = heapq.heappop(self._timers)
             if not timer.cancelled():
-                self._now = max(self._now, when)
+                if when > self._now:
+                    self._now, self._moved_at = when, self.steps
                 soon.append(timer)
+        if self.steps - self._moved_at > STILL_STEPS:
+            raise OursError("virtual_time", f"it stands still at {self._now} s: somebody wakes itself again and again")
         for _ in range(len(soon)):
             handle = soon.popleft()
             if not handle.cancelled():

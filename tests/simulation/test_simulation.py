@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from appliance.contract.errors import OursError
 from appliance.lab.simfaults import FAULTS
+from appliance.lab.simloop import SimLoop
 from appliance.lab.simstore import Bug
 from appliance.lab.simulation import Outcome, simulate
 
@@ -22,6 +24,26 @@ def test_a_few_seeds_keep_every_promise() -> None:
     for seed in range(1, 31):
         outcome = simulate(seed)
         assert not outcome.broken, told(outcome)
+
+
+@pytest.mark.parametrize("seed", [753, 1473, 3322])
+def test_seeds_that_once_found_something_stay_mended(seed: int) -> None:
+    """A timer nearer than the clock can tell, which rang for ever; callers whom a slow disk kept from their answer for longer than they were told."""
+    outcome = simulate(seed)
+    assert not outcome.broken, told(outcome)
+
+
+def test_a_moment_that_never_ends_is_an_error() -> None:
+    """Whoever wakes itself again and again without letting time pass is found, and the simulation does not hang."""
+    loop = SimLoop()
+
+    def again() -> None:
+        loop.call_soon(again)
+
+    again()
+    with pytest.raises(OursError, match="stands still"):
+        loop.run_forever()
+    loop.close()
 
 
 @pytest.mark.slow
