@@ -40,5 +40,9 @@ def test_ctrl_c_ends_it_as_it_ends_any_program() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(1.0)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(interrupted())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(interrupted())
+    finally:
+        signal.signal(signal.SIGINT, before)
