@@ -41,6 +41,8 @@ class Bench:
 @click.option(
     "--ek-roots", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="TPM makers' CA certificates."
 )
+@click.option("--ek-ca-cert", type=_FILE, help="Certificate of your own EK authority, for a board whose maker left no EK certificate.")
+@click.option("--ek-ca-key", type=_FILE, help="Its key, PEM.")
 @click.option("--out", type=_FOLDER, default=Path("/etc/appliance/devid"), show_default=True, help="Where the DevID's files go.")
 @click.option(
     "--devid-ca-cert", type=_FILE, help="Certificate of the DevID authority; without it a request is written, and you have it signed."
@@ -50,15 +52,17 @@ class Bench:
 def provision(**given: Any) -> None:
     """Prepare this board's TPM: check its maker, leave its keys in it, make its device identity, set and escrow its authorisations.
 
-    May be run again at any time; what is done already is left as it is. Nothing is changed before the TPM has proved whose it is.
+    May be run again at any time; what is done already is left as it is. Nothing is changed before the TPM has proved whose it is, but that a board without
+    an EK certificate gets one of your own authority, where you give that.
     """
     from appliance.adapters.tpm.ownership import Ownership  # noqa: PLC0415 - a region has no TPM library
     from appliance.edge.settings import Edge  # noqa: PLC0415
 
     settings = parse(given["config"].read_text(), str(given["config"]), Edge)
     bench = _bench(given["region"])
+    _vouch(settings.trust.tcti, given["ek_ca_cert"], given["ek_ca_key"])
     ek_name = asyncio.run(_prove(settings.trust.tcti, settings.device.name, given["ek_roots"]))
-    click.echo(f"TPM: its maker's certificate is good; EK {ek_name.hex()[4:20]}…")
+    click.echo(f"TPM: its EK certificate is good; EK {ek_name.hex()[4:20]}…")
     out: Path = given["out"]
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     owner = given["owner_auth"].read_text().strip() if given["owner_auth"] else _pending(out).get("owner", "")
@@ -96,6 +100,34 @@ def _bench(path: Path) -> Bench:
         raise TheirsError(
             "provision", f"can not be read: {error!r}", where=str(path), remedy="copy provision.json from the region's keys_dir"
         ) from error
+
+
+def _vouch(tcti: str, authority: Path | None, key: Path | None) -> None:
+    """Give a TPM that has none an EK certificate of the operator's own authority."""
+    if authority is None and key is None:
+        return
+    if authority is None or key is None:
+        raise click.UsageError("--ek-ca-cert and --ek-ca-key belong together")
+    from appliance.adapters.tpm.ownership import Ownership  # noqa: PLC0415
+    from appliance.core.trust.devid import SERIAL_BYTES  # noqa: PLC0415
+    from appliance.core.trust.tpm_structures import parse_public  # noqa: PLC0415
+    from appliance.core.trust.vouching import Maker, vouch  # noqa: PLC0415
+
+    with Ownership(tcti) as tpm:
+        certificate, public = tpm.endorsement()
+        if certificate is not None:
+            click.echo("EK certificate: was there")
+            return
+        try:
+            issuer = x509.load_pem_x509_certificate(authority.read_bytes())
+        except ValueError as error:
+            raise TheirsError("ek_authority", f"no certificate can be read: {error}", where=str(authority)) from error
+        signer = _authority_key(key, "ek_authority")
+        made = vouch(
+            parse_public(public, "EK"), Maker(*tpm.maker()), issuer, signer, now=datetime.now(UTC), serial=secrets.token_bytes(SERIAL_BYTES)
+        )
+        tpm.keep_certificate(made)
+        click.echo(f"EK certificate: issued by {issuer.subject.rfc4514_string()}, which the region must trust (its ek_roots)")
 
 
 async def _prove(tcti: str, device: str, roots: Path) -> bytes:
@@ -150,15 +182,13 @@ def _devid(tpm: Any, device: str, out: Path, authority: Path | None, key: Path |
     click.echo(f"DevID: {signed.subject.rfc4514_string()} certified by {signed.issuer.rfc4514_string()}")
 
 
-def _authority_key(path: Path) -> ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey:
+def _authority_key(path: Path, whose: str = "devid_authority") -> ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey:
     try:
         key = load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
-        raise TheirsError(
-            "devid_authority", f"no key can be read: {error}", where=str(path), remedy="give an unencrypted PEM key"
-        ) from error
+        raise TheirsError(whose, f"no key can be read: {error}", where=str(path), remedy="give an unencrypted PEM key") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
-        raise TheirsError("devid_authority", "is neither an ECC nor an RSA key", where=str(path))
+        raise TheirsError(whose, "is neither an ECC nor an RSA key", where=str(path))
     return key
 
 

@@ -36,8 +36,8 @@ class Extendable(Protocol):
         """Extend a PCR by a 32-byte digest."""
 
 
-def manufacture(state: Path, name: str, *, maker: Path | None = None) -> None:
-    """Make a TPM called `name` below `state`, with an EK certificate by the maker's authority; an old TPM there is replaced.
+def manufacture(state: Path, name: str, *, maker: Path | None = None, certificate: bool = True) -> None:
+    """Make a TPM called `name` below `state`, with an EK certificate by the maker's authority or without; an old TPM there is replaced.
 
     Raises: WorldError (`swtpm`).
     """
@@ -46,7 +46,8 @@ def manufacture(state: Path, name: str, *, maker: Path | None = None) -> None:
     for directory in (state / "tpm", scratch, authority):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     configuration = _configure(state, authority)
-    command = ["swtpm_setup", "--tpm2", "--tpmstate", str(state / "tpm"), "--config", str(configuration), "--create-ek-cert"]
+    command = ["swtpm_setup", "--tpm2", "--tpmstate", str(state / "tpm"), "--config", str(configuration)]
+    command += ["--create-ek-cert"] if certificate else []
     command += ["--vmid", name, "--lock-nvram", "--pcr-banks", "sha256", "--overwrite", "--logfile", str(state / "setup.log")]
     try:
         done = subprocess.run(

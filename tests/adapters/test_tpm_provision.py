@@ -50,12 +50,13 @@ tcti = "{tcti}"
 class Bench:
     """A board on the bench: TPM, settings, the region's file, a DevID authority."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, bare: bool = False) -> None:
         os.environ.setdefault("TSS2_LOG", "all+none")
         self.folder = folder
-        self.software = Software()
+        self.software = Software(certificate=not bare)
         self.software.start()
-        self.region = Region(softtpm.roots(self.software.state))
+        self._authority()
+        self.region = Region([self.authority.public_bytes(Encoding.DER)] if bare else softtpm.roots(self.software.state))
         self.escrow = secrets.token_bytes(32)
         self.out, self.state = folder / "out", folder / "state"
         (folder / "device.toml").write_text(SETTINGS.format(state=self.state, tcti=self.software.tcti))
@@ -64,7 +65,6 @@ class Bench:
         (folder / "roots").mkdir()
         for number, der in enumerate(self.region.trusted):
             (folder / "roots" / f"{number}.der").write_bytes(der)
-        self._authority()
 
     def _authority(self) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -96,6 +96,15 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     shutil.rmtree(made.software.state)
 
 
+@pytest.fixture
+def bare_bench(tmp_path: Path) -> Iterator[Bench]:
+    """A board whose maker left no EK certificate, and a region that trusts the bench's own authority."""
+    made = Bench(tmp_path, bare=True)
+    yield made
+    made.software.cut()
+    shutil.rmtree(made.software.state)
+
+
 def direct(bench: Bench, work: Callable[[ESAPI], object]) -> None:
     """A command by somebody on the device, with what errors say."""
     with ESAPI(bench.software.tcti) as esys, step("somebody"):
@@ -106,7 +115,7 @@ async def test_a_provisioned_board_enrols_and_serves(bench: Bench) -> None:
     """Key, counter, DevID, authorisations; then enrolment, lease and both keys without any authorisation; and again after a power cut."""
     done = await asyncio.to_thread(bench.run)
     assert done.exit_code == 0, (done.output, done.exception)
-    assert "its maker's certificate is good" in done.output
+    assert "its EK certificate is good" in done.output
     again = await asyncio.to_thread(bench.run)
     assert again.output.count("was there") == 2
     assert "were set" in again.output
@@ -261,3 +270,52 @@ def test_an_authority_issues_only_for_who_holds_the_key(bench: Bench) -> None:
     for asked, key, told in ((forged, bench.authority_key, "not signed by the key"), (good, other, "do not belong together")):
         with pytest.raises(TheirsError, match=told):
             issue(asked, bench.authority, key, now=datetime.now(UTC), serial=os.urandom(16))
+
+
+async def test_a_board_without_an_ek_certificate_gets_one_of_the_operators_own_authority(bare_bench: Bench) -> None:
+    """Refused without an authority, with the remedy; with one it is vouched for, enrols and opens; another run leaves the certificate as it is."""
+    refused = await asyncio.to_thread(bare_bench.run)
+    assert isinstance(refused.exception, TheirsError)
+    assert refused.exception.reason == "ek_certificate"
+    assert "--ek-ca-cert" in str(refused.exception)
+    own = ("--ek-ca-cert", str(bare_bench.folder / "ca.pem"), "--ek-ca-key", str(bare_bench.folder / "ca.key"))
+    half = await asyncio.to_thread(bare_bench.run, *own[:2])
+    assert half.exit_code == 2
+    assert "belong together" in half.output
+    done = await asyncio.to_thread(bare_bench.run, *own)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "EK certificate: issued by CN=DevID authority" in done.output
+    again = await asyncio.to_thread(bare_bench.run, *own)
+    assert again.exit_code == 0, (again.output, again.exception)
+    assert "EK certificate: was there" in again.output
+    tpm = EsysTpm(bare_bench.software.tcti)
+    [shown] = (await tpm.enrol_ask()).ek_certificates
+    certificate = x509.load_der_x509_certificate(shown)
+    [name] = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DirectoryName)
+    assert [each.oid.dotted_string for each in name] == ["2.23.133.2.1", "2.23.133.2.2", "2.23.133.2.3"]
+    assert name.get_attributes_for_oid(x509.ObjectIdentifier("2.23.133.2.1"))[0].value == "id:49424D00", "IBM, who wrote swtpm's core"
+    sealed = await enrol(tpm, bare_bench.region)
+    kept = await leased(tpm, bare_bench.region, sealed)
+    assert bare_bench.region.record
+    assert await open_kept(tpm, sealed, kept) == bare_bench.region.record.leased_kek
+    await tpm.close()
+
+
+@pytest.mark.parametrize("fault", ["other key", "no authority"])
+async def test_an_authority_that_no_region_could_trust_signs_nothing(bare_bench: Bench, fault: str) -> None:
+    """A key that is not the certificate's, or a certificate that is no CA: said before the TPM is touched."""
+    folder = bare_bench.folder
+    key = ec.generate_private_key(ec.SECP256R1())
+    (folder / "other.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "no authority")])
+    now = datetime.now(UTC)
+    plain = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(days=1), now + timedelta(days=9)).sign(
+        key, hashes.SHA256()
+    )
+    (folder / "plain.pem").write_bytes(plain.public_bytes(Encoding.PEM))
+    certificate = "ca.pem" if fault == "other key" else "plain.pem"
+    done = await asyncio.to_thread(bare_bench.run, "--ek-ca-cert", str(folder / certificate), "--ek-ca-key", str(folder / "other.key"))
+    assert isinstance(done.exception, TheirsError)
+    assert done.exception.reason == "ek_authority"
+    with Ownership(bare_bench.software.tcti) as tpm:
+        assert tpm.endorsement()[0] is None

@@ -32,9 +32,9 @@ from appliance.ports import SealedKey
 class Software:
     """One manufactured TPM and the process that runs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, certificate: bool = True) -> None:
         self.state = Path(tempfile.mkdtemp(prefix="ap-", dir="/tmp"))
-        softtpm.manufacture(self.state, "dev-1")
+        softtpm.manufacture(self.state, "dev-1", certificate=certificate)
         self.port = softtpm.free_port()
         self.process: subprocess.Popen[bytes] | None = None
 

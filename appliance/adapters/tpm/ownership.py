@@ -5,6 +5,8 @@
    written as SPIRE's agent loads them (spire v1.13, pkg/agent/plugin/nodeattestor/tpmdevid: TPMT_PUBLIC, and TPM2B_PRIVATE's contents); its
    storage key template H-2 is ours.
 3. Everything here may be called again; what is done already is left as it is.
+4. An EK certificate of one's own is kept where a maker's would be (TCG EK Credential Profile 2.0, 2.2.1.4: 0x01C00002 for RSA 2048), as an index of the
+   owner's that anybody may read; TPM2_Clear removes it.
 """
 
 import hashlib
@@ -14,18 +16,35 @@ from dataclasses import dataclass
 from typing import Self
 
 from tpm2_pytss import ESAPI
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_PT, TPMA_OBJECT
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_PT, TPM2_PT_FIRMWARE, TPM2_PT_VENDOR, TPMA_NV, TPMA_OBJECT
 from tpm2_pytss.types import (
+    TPM2B_NV_PUBLIC,
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
+    TPMS_NV_PUBLIC,
     TPMT_SIG_SCHEME,
 )
 
 from appliance.adapters.tpm.leasing import define_counter
-from appliance.adapters.tpm.objects import SRK_HANDLE, hold, pack_public, persistent, storage_key, unpack_public
+from appliance.adapters.tpm.objects import (
+    SRK_HANDLE,
+    endorsement_key,
+    hold,
+    pack_public,
+    persistent,
+    storage_key,
+    trim_certificate,
+    unpack_public,
+)
 from appliance.adapters.tpm.refusals import step
 
+EK_CERTIFICATE_INDEX = 0x01C00002
+_PIECE_BYTES = 512
+"""The least that a TPM takes in one NV write (PC Client Platform TPM Profile)."""
+_FIXED_PROPERTIES = 64
+_VENDOR = (TPM2_PT_VENDOR.STRING_1, TPM2_PT_VENDOR.STRING_2, TPM2_PT_VENDOR.STRING_3, TPM2_PT_VENDOR.STRING_4)
+_READABLE = TPMA_NV.OWNERWRITE | TPMA_NV.OWNERREAD | TPMA_NV.AUTHREAD | TPMA_NV.NO_DA
 _OWNER_SET = 0x1
 _LOCKOUT_SET = 0x4
 """TPMA_PERMANENT (Part 2, 8.6)."""
@@ -67,6 +86,32 @@ class Ownership:
     def __exit__(self, *_: object) -> None:
         """Disconnect."""
         self._stack.close()
+
+    def endorsement(self) -> tuple[bytes | None, bytes]:
+        """The EK certificate (DER) if the TPM holds one, and the EK (TPMT_PUBLIC). Raises: WorldError (`tpm`)."""
+        with ExitStack() as loaded, step("endorsement key"):
+            certificate, ek = endorsement_key(self._esys, loaded)
+            return trim_certificate(certificate) if certificate else None, pack_public(self._esys.read_public(ek)[0])
+
+    def keep_certificate(self, certificate: bytes) -> None:
+        """Keep an EK certificate (DER) where there is none. Raises: WorldError (`tpm`)."""
+        with step("EK certificate"):
+            public = TPMS_NV_PUBLIC(nvIndex=EK_CERTIFICATE_INDEX, nameAlg=TPM2_ALG.SHA256, attributes=_READABLE, dataSize=len(certificate))
+            index = self._esys.nv_define_space(None, TPM2B_NV_PUBLIC(nvPublic=public))
+            try:
+                for offset in range(0, len(certificate), _PIECE_BYTES):
+                    self._esys.nv_write(index, certificate[offset : offset + _PIECE_BYTES], offset, auth_handle=ESYS_TR.OWNER)
+            finally:
+                self._esys.tr_close(index)
+
+    def maker(self) -> tuple[int, str, int]:
+        """What the TPM says of itself: its manufacturer's number, its model, its firmware's version. Raises: WorldError (`tpm`)."""
+        with step("capability"):
+            _, capability = self._esys.get_capability(TPM2_CAP.TPM_PROPERTIES, TPM2_PT.FIXED, _FIXED_PROPERTIES)
+            held = {int(each.property): int(each.value) for each in capability.data.tpmProperties}
+        vendor = b"".join(held.get(int(part), 0).to_bytes(4, "big") for part in _VENDOR)
+        model = vendor.replace(b"\0", b"").decode("ascii", "replace").strip()
+        return held.get(int(TPM2_PT.MANUFACTURER), 0), model, held.get(int(TPM2_PT_FIRMWARE.VERSION_1), 0)
 
     def keep_storage_key(self) -> bool:
         """Leave the storage key at its handle; return whether it was not there. Raises: WorldError (`tpm`)."""

@@ -55,7 +55,10 @@ def verify_endorsement(shown: Sequence[bytes], trusted: Sequence[bytes], endorse
     Raises: TheirsError (`ek_certificate`, `ek_mismatch`, `ek_template`).
     """
     if not shown:
-        raise _refused("the device shows no EK certificate", remedy="use a TPM with a certificate, or let your own EK authority issue one")
+        raise _refused(
+            "the device shows no EK certificate",
+            remedy="let your own EK authority issue one: appliance provision --ek-ca-cert FILE --ek-ca-key FILE",
+        )
     if len(shown) > MAX_PATH:
         raise _refused(f"{len(shown)} certificates are shown, at most {MAX_PATH} are accepted")
     try:
