@@ -270,6 +270,27 @@ async def test_drain_answers_what_is_in_flight(served: Served) -> None:
     await asyncio.wait_for(draining, 1.0)
 
 
+async def test_drain_waits_for_a_caller_who_reads_slowly(served: Served) -> None:
+    """An answer of megabytes that was begun reaches its caller whole, though the daemon is told to stop in its middle."""
+    ingress = Ingress(served.desk, metrics=lambda: bytes(16 << 20), status=dict)
+    await ingress.start("127.0.0.1", 0, None)
+    with sockets.socket() as sock:
+        sock.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4_096)
+        sock.connect(("127.0.0.1", ingress.port))
+        reader, writer = await asyncio.open_connection(sock=sock)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0.1)
+        draining = asyncio.create_task(ingress.drain(5.0))
+        await asyncio.sleep(0.1)
+        assert not draining.done()
+        status, _, body = await read_answer(reader)
+        assert (status, len(body)) == (200, 16 << 20)
+        await asyncio.wait_for(draining, 1.0)
+        writer.close()
+        await writer.wait_closed()
+    await ingress.close()
+
+
 async def test_the_unix_socket_serves_the_same(served: Served) -> None:
     """Both addresses reach the same desk, and the socket is not open to everybody."""
     status, _, body = await served.raw(b"GET /v2/models/double HTTP/1.1\r\nHost: x\r\n\r\n", unix=True)

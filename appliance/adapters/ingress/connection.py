@@ -70,6 +70,11 @@ class Connection(web.RequestHandler):
             self.transport.write(SLOW)
             self.force_close()
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether a request is under way, to the last byte of its answer that has to wait for the caller."""
+        return self._request_in_progress
+
     def connection_lost(self, exc: BaseException | None) -> None:
         """Forget the clock with the connection."""
         if self._impatience is not None:
@@ -99,6 +104,10 @@ class Gate(web.Server):
     def is_full(self) -> bool:
         """Whether one more connection would be too many."""
         return len(self._connections) >= self._bounds.connections
+
+    def is_answering(self) -> bool:
+        """Whether anybody still waits for the rest of an answer."""
+        return any(each.is_answering for each in self.connections if isinstance(each, Connection))
 
     def __call__(self) -> web.RequestHandler:
         """Make the protocol of one connection."""

@@ -51,6 +51,7 @@ from appliance.ports import Counter, Desk, Share
 
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 BACKLOG = 512
+DRAIN_LOOK_S = 0.01
 NOT_LOADED = "it is not loaded"
 
 T = TypeVar("T")
@@ -143,12 +144,14 @@ class Ingress:
             await self._frames.start(frames)
 
     async def drain(self, within_s: float) -> None:
-        """Stop accepting, let what is in flight be answered, bounded by `within_s`."""
+        """Stop accepting, let what is in flight be answered to the last byte, bounded by `within_s`."""
         self._draining = True
         self._unlisten()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._calm.wait()
+                while self._gate is not None and self._gate.is_answering():  # noqa: ASYNC110 - aiohttp has no event for it
+                    await asyncio.sleep(DRAIN_LOOK_S)
 
     async def close(self) -> None:
         """Close every connection; what is still unanswered after twice `close_s` is cancelled."""
