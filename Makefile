@@ -21,14 +21,14 @@ spire: setup ## ten minutes under load on real SPIRE with identities that last 6
 chaos: setup ## a fleet at peak load is broken on purpose, and every promise is counted: about 8 minutes, as root; docs/chaos.md
 	@$(PYTHON) -m tests.chaos.run
 
-kills: setup ## ROUNDS=200 times kill -9 of device, broker or region under a load of promises, each counted at the end: about 8 minutes; docs/chaos.md
+kills: setup ## ROUNDS=200 times kill -9 of device, broker or region under a load of promises, each counted at the end: about 4 minutes; docs/chaos.md
 	@ROUNDS=$(or $(ROUNDS),200) $(PYTHON) -m tests.kills.run
 
 check: setup ## format, lint, types, house rules, fast tests: under 90 s
 	@.venv/bin/ruff format --check --quiet . && .venv/bin/ruff check --quiet .
 	@.venv/bin/lint-imports --no-logo >build/lint-imports.log || { cat build/lint-imports.log; exit 1; }
 	@.venv/bin/mypy
-	@EXAMPLES=25 $(PYTHON) -m pytest -m "$(FAST)"
+	@EXAMPLES=20 $(PYTHON) -m pytest -m "$(FAST)"
 
 docs: setup ## regenerate what docs/ holds that is generated: state diagrams, the table of settings
 	@UPDATE_DOCS=1 $(PYTHON) -m pytest tests/core/serve/test_diagrams.py tests/test_docs.py
