@@ -28,7 +28,7 @@ check: setup ## format, lint, types, house rules, fast tests: under 90 s
 	@.venv/bin/ruff format --check --quiet . && .venv/bin/ruff check --quiet .
 	@.venv/bin/lint-imports --no-logo >build/lint-imports.log || { cat build/lint-imports.log; exit 1; }
 	@.venv/bin/mypy
-	@EXAMPLES=20 $(PYTHON) -m pytest -m "$(FAST)"
+	@EXAMPLES=25 $(PYTHON) -m pytest -m "$(FAST)"
 
 docs: setup ## regenerate what docs/ holds that is generated: state diagrams, the table of settings
 	@UPDATE_DOCS=1 $(PYTHON) -m pytest tests/core/serve/test_diagrams.py tests/test_docs.py

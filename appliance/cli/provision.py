@@ -60,14 +60,15 @@ def provision(**given: Any) -> None:
 
     settings = parse(given["config"].read_text(), str(given["config"]), Edge)
     bench = _bench(given["region"])
-    _vouch(settings.trust.tcti, given["ek_ca_cert"], given["ek_ca_key"])
-    ek_name = asyncio.run(_prove(settings.trust.tcti, settings.device.name, given["ek_roots"]))
-    click.echo(f"TPM: its EK certificate is good; EK {ek_name.hex()[4:20]}…")
     out: Path = given["out"]
-    out.mkdir(mode=0o700, parents=True, exist_ok=True)
     owner = given["owner_auth"].read_text().strip() if given["owner_auth"] else _pending(out).get("owner", "")
     with Ownership(settings.trust.tcti, owner=owner) as tpm:
         owner = owner if tpm.owner_set else ""
+    with Ownership(settings.trust.tcti, owner=owner) as tpm:
+        _vouch(tpm, given["ek_ca_cert"], given["ek_ca_key"])
+    ek_name = asyncio.run(_prove(settings.trust.tcti, settings.device.name, given["ek_roots"]))
+    click.echo(f"TPM: its EK certificate is good; EK {ek_name.hex()[4:20]}…")
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with Ownership(settings.trust.tcti, owner=owner) as tpm:
         from appliance.core.trust.approval import counter_reference  # noqa: PLC0415
 
@@ -102,32 +103,27 @@ def _bench(path: Path) -> Bench:
         ) from error
 
 
-def _vouch(tcti: str, authority: Path | None, key: Path | None) -> None:
+def _vouch(tpm: Any, authority: Path | None, key: Path | None) -> None:
     """Give a TPM that has none an EK certificate of the operator's own authority."""
     if authority is None and key is None:
         return
     if authority is None or key is None:
         raise click.UsageError("--ek-ca-cert and --ek-ca-key belong together")
-    from appliance.adapters.tpm.ownership import Ownership  # noqa: PLC0415
-    from appliance.core.trust.devid import SERIAL_BYTES  # noqa: PLC0415
+    from appliance.core.trust.certificates import SERIAL_BYTES  # noqa: PLC0415
     from appliance.core.trust.tpm_structures import parse_public  # noqa: PLC0415
     from appliance.core.trust.vouching import Maker, vouch  # noqa: PLC0415
 
-    with Ownership(tcti) as tpm:
-        certificate, public = tpm.endorsement()
-        if certificate is not None:
-            click.echo("EK certificate: was there")
-            return
-        try:
-            issuer = x509.load_pem_x509_certificate(authority.read_bytes())
-        except ValueError as error:
-            raise TheirsError("ek_authority", f"no certificate can be read: {error}", where=str(authority)) from error
-        signer = _authority_key(key, "ek_authority")
-        made = vouch(
-            parse_public(public, "EK"), Maker(*tpm.maker()), issuer, signer, now=datetime.now(UTC), serial=secrets.token_bytes(SERIAL_BYTES)
-        )
-        tpm.keep_certificate(made)
-        click.echo(f"EK certificate: issued by {issuer.subject.rfc4514_string()}, which the region must trust (its ek_roots)")
+    certificate, public = tpm.endorsement()
+    if certificate is not None:
+        click.echo("EK certificate: was there")
+        return
+    try:
+        issuer = x509.load_pem_x509_certificate(authority.read_bytes())
+    except ValueError as error:
+        raise TheirsError("ek_authority", f"no certificate can be read: {error}", where=str(authority), remedy="give one in PEM") from error
+    signer, serial = _authority_key(key, "ek_authority"), secrets.token_bytes(SERIAL_BYTES)
+    tpm.keep_certificate(vouch(parse_public(public, "EK"), Maker(*tpm.maker()), issuer, signer, now=datetime.now(UTC), serial=serial))
+    click.echo(f"EK certificate: issued by {issuer.subject.rfc4514_string()}, which the region must trust (its ek_roots)")
 
 
 async def _prove(tcti: str, device: str, roots: Path) -> bytes:
@@ -150,7 +146,8 @@ async def _prove(tcti: str, device: str, roots: Path) -> bytes:
 def _devid(tpm: Any, device: str, out: Path, authority: Path | None, key: Path | None) -> None:
     """Make key, request and certificate, or find them there. Raises: TheirsError (`devid`) if what is there is not this TPM's."""
     from appliance.adapters.tpm.ownership import DevId  # noqa: PLC0415
-    from appliance.core.trust.devid import SERIAL_BYTES, issue, request  # noqa: PLC0415
+    from appliance.core.trust.certificates import SERIAL_BYTES  # noqa: PLC0415
+    from appliance.core.trust.devid import issue, request  # noqa: PLC0415
     from appliance.core.trust.tpm_structures import parse_public, parse_signature  # noqa: PLC0415
 
     public, private, certificate = out / "devid.pub.blob", out / "devid.priv.blob", out / "devid.crt.pem"

@@ -18,22 +18,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from appliance.contract.identities import TRUST_DOMAIN
+from appliance.core.trust.certificates import key_usage
 
 _BACKDATE_S = 10.0
 _CA_LIFE_S = 30 * 86_400.0
 _LEAF_USAGE = {"digital_signature", "key_encipherment", "key_agreement"}
 _CA_USAGE = {"key_cert_sign", "crl_sign"}
-_USAGES = (
-    "digital_signature",
-    "content_commitment",
-    "key_encipherment",
-    "data_encipherment",
-    "key_agreement",
-    "key_cert_sign",
-    "crl_sign",
-    "encipher_only",
-    "decipher_only",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +123,7 @@ class Authority:
             .not_valid_before(begin)
             .not_valid_after(end)
             .add_extension(x509.BasicConstraints(ca=ca, path_length=ca_path), critical=True)
-            .add_extension(_usage(_CA_USAGE if ca else _LEAF_USAGE), critical=True)
+            .add_extension(key_usage(*(_CA_USAGE if ca else _LEAF_USAGE)), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
@@ -152,7 +142,3 @@ def _subject(organisation: str, last: tuple[x509.ObjectIdentifier, str]) -> x509
 def _ca_name() -> x509.Name:
     """Return a subject that no other CA has: a hash directory and a chain search tell CAs apart by subject."""
     return _subject("SPIFFE", (NameOID.SERIAL_NUMBER, str(x509.random_serial_number())))
-
-
-def _usage(wanted: set[str]) -> x509.KeyUsage:
-    return x509.KeyUsage(**{usage: usage in wanted for usage in _USAGES})

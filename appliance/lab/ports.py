@@ -25,7 +25,7 @@ def free_port(neighbours: int = 0) -> int:
         port = _chance.randrange(low, high - neighbours)
         if all(map(_is_free, range(port, port + neighbours + 1))):
             return port
-    raise WorldError("ports", f"found no {neighbours + 1} free ports together between {low} and {high}", where=_HOST)
+    raise WorldError("ports", f"found no free port with {neighbours} more beside it between {low} and {high}", where=_HOST)
 
 
 def _is_free(port: int) -> bool:

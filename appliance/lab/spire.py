@@ -31,6 +31,7 @@ from appliance.adapters.tpm.ownership import DevId, Ownership
 from appliance.contract import identities
 from appliance.contract.errors import WorldError
 from appliance.core.trust import devid
+from appliance.core.trust.certificates import SERIAL_BYTES, key_usage
 from appliance.core.trust.tpm_structures import parse_public, parse_signature
 from appliance.lab import softtpm, spire_settings
 from appliance.lab.authority import Workload
@@ -80,7 +81,7 @@ class _Ca:
 
     def issue(self, asked: x509.CertificateSigningRequest) -> x509.Certificate:
         """A certificate for a machine, that never expires."""
-        return devid.issue(asked, self.certificate, self.key, now=datetime.now(UTC), serial=secrets.token_bytes(devid.SERIAL_BYTES))
+        return devid.issue(asked, self.certificate, self.key, now=datetime.now(UTC), serial=secrets.token_bytes(SERIAL_BYTES))
 
 
 class Spire:
@@ -235,23 +236,12 @@ def _ca(name: str) -> _Ca:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name), x509.NameAttribute(NameOID.SERIAL_NUMBER, secrets.token_hex(8))])
     now = datetime.now(UTC)
-    usage = x509.KeyUsage(
-        digital_signature=False,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=True,
-        crl_sign=True,
-        encipher_only=False,
-        decipher_only=False,
-    )
     certificate = (
         x509.CertificateBuilder(
             subject, subject, key.public_key(), x509.random_serial_number(), now - timedelta(days=1), now + timedelta(days=30)
         )
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
+        .add_extension(key_usage("key_cert_sign", "crl_sign"), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )

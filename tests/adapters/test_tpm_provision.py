@@ -18,10 +18,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 from tpm2_pytss import ESAPI
-from tpm2_pytss.constants import ESYS_TR
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPMA_NV
+from tpm2_pytss.types import TPM2B_NV_PUBLIC, TPMS_NV_PUBLIC
 
 from appliance.adapters.tpm import EsysTpm
-from appliance.adapters.tpm.ownership import DevId, Ownership
+from appliance.adapters.tpm.ownership import EK_CERTIFICATE_INDEX, DevId, Ownership
 from appliance.adapters.tpm.refusals import step
 from appliance.cli import provision as command
 from appliance.cli.provision import escrow, provision
@@ -319,3 +320,26 @@ async def test_an_authority_that_no_region_could_trust_signs_nothing(bare_bench:
     assert done.exception.reason == "ek_authority"
     with Ownership(bare_bench.software.tcti) as tpm:
         assert tpm.endorsement()[0] is None
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["defined", "half written"])
+async def test_a_certificate_that_a_power_cut_left_unfinished_is_begun_anew(bare_bench: Bench, written: bool) -> None:
+    """Between making the index and writing its beginning the board is one without a certificate, for the daemon and for the next run."""
+
+    def begin(esys: ESAPI) -> None:
+        attributes = TPMA_NV.OWNERWRITE | TPMA_NV.OWNERREAD | TPMA_NV.AUTHREAD | TPMA_NV.NO_DA
+        public = TPMS_NV_PUBLIC(nvIndex=EK_CERTIFICATE_INDEX, nameAlg=TPM2_ALG.SHA256, attributes=attributes, dataSize=700)
+        index = esys.nv_define_space(None, TPM2B_NV_PUBLIC(nvPublic=public))
+        if written:
+            esys.nv_write(index, bytes(188), 512, auth_handle=ESYS_TR.OWNER)
+        esys.tr_close(index)
+
+    direct(bare_bench, begin)
+    bare_bench.software.restart()
+    tpm = EsysTpm(bare_bench.software.tcti)
+    assert (await tpm.enrol_ask()).ek_certificates == []
+    await tpm.close()
+    own = ("--ek-ca-cert", str(bare_bench.folder / "ca.pem"), "--ek-ca-key", str(bare_bench.folder / "ca.key"))
+    done = await asyncio.to_thread(bare_bench.run, *own)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "EK certificate: issued by" in done.output

@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import apsw
 
@@ -12,6 +14,12 @@ from appliance.lab.telling import PREFIX, PROMISED
 
 Key = tuple[str, str]
 """A device and the idempotency key of one of its events."""
+ZERO = (
+    "events_lost", "events_accepted_twice", "events_out_of_order", "events_without_effect", "events_with_effect_twice", "requests_lost",
+    "requests_computed_twice",
+)  # fmt: skip
+"""What has to be 0 in a reckoning."""
+SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +50,50 @@ def promised(devices: list[Device], lab: Lab) -> frozenset[Key]:
     return frozenset(found)
 
 
-def accepted(lab: Lab) -> Counter[Key]:
-    """The told events in the region's inbox, as of its last commit."""
+@contextmanager
+def _inbox(lab: Lab) -> Iterator[apsw.Connection]:
+    """The region's inbox, as of its last commit."""
     path = lab.site.path / "region" / "state" / "inbox" / "queue.db"
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     try:
         connection.set_busy_timeout(2_000)
-        rows = connection.execute("SELECT sender, idem FROM accepted WHERE idem LIKE ? ORDER BY n", (f"{PREFIX}%",))
-        return Counter((str(sender), str(idem)) for sender, idem in rows)
+        yield connection
     finally:
         connection.close()
+
+
+def _told(lab: Lab) -> list[Key]:
+    """The told events that the region accepted, in this order."""
+    with _inbox(lab) as inbox:
+        rows = inbox.execute("SELECT sender, idem FROM accepted WHERE idem LIKE ? ORDER BY n", (f"{PREFIX}%",))
+        return [(str(sender), str(idem)) for sender, idem in rows]
+
+
+def accepted(lab: Lab) -> Counter[Key]:
+    """The told events in the region's inbox, as of its last commit."""
+    return Counter(_told(lab))
 
 
 def unordered(lab: Lab) -> int:
     """How many told events the region accepted after a later one of the same device."""
-    path = lab.site.path / "region" / "state" / "inbox" / "queue.db"
-    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    return _backwards(_told(lab))
+
+
+def newest(lab: Lab, device: str) -> str:
+    """The key of a device's last told event in the region's inbox, empty if there is none; cheap however long the inbox is."""
+    with _inbox(lab) as inbox:
+        query = "SELECT max(idem) FROM accepted WHERE sender = ? AND idem >= ? AND idem < ?"
+        row = inbox.execute(query, (device, PREFIX, PREFIX + "~")).fetchone()
+    return str(row[0] or "") if row else ""
+
+
+def _backwards(keys: Iterable[Key]) -> int:
+    """How many come after a later one of the same device."""
     last: dict[str, str] = {}
     wrong = 0
-    try:
-        for sender, idem in connection.execute("SELECT sender, idem FROM accepted WHERE idem LIKE ? ORDER BY n", (f"{PREFIX}%",)):
-            wrong += idem < last.get(sender, "")
-            last[sender] = idem
-    finally:
-        connection.close()
+    for device, key in keys:
+        wrong += key < last.get(device, "")
+        last[device] = key
     return wrong
 
 
@@ -78,17 +106,30 @@ def effects(lab: Lab) -> Counter[Key]:
 def effects_unordered(lab: Lab) -> int:
     """How many effects came after that of a later event of the same device; a record that was written again counts where it was first."""
     records = {(str(line["device"]), str(line["number"])): str(line["data_key"]) for line in _lines(lab, "region", '"data_key"')}
-    last: dict[str, str] = {}
-    wrong = 0
-    for (device, _), key in records.items():
-        wrong += key < last.get(device, "")
-        last[device] = key
-    return wrong
+    return _backwards((device, key) for (device, _), key in records.items())
 
 
 def kept(lab: Lab) -> Counter[str]:
     """How often a device's log says that a promised request was answered, by id."""
     return Counter(str(line["id"]) for device in lab.devices for line in _lines(lab, device.name, '"promise_kept"'))
+
+
+def reckoning(lab: Lab, owed: frozenset[Key], held: int, missing: Mapping[str, str], refused: Mapping[str, int]) -> dict[str, Any]:
+    """Everything that was promised in a run, against what came of it: `owed` events, and `held` promised requests of which some are `missing`."""
+    account, happened = Account(owed, accepted(lab)), effects(lab)
+    return {
+        "events_promised": len(owed),
+        "events_lost": len(account.lost),
+        "events_accepted_twice": account.repeats,
+        "events_out_of_order": unordered(lab),
+        "events_without_effect": len(owed - happened.keys()),
+        "events_with_effect_twice": sum(count - 1 for count in happened.values()),
+        "requests_promised": held,
+        "requests_lost": len(missing),
+        "requests_computed_twice": sum(count - 1 for count in kept(lab).values()),
+        "requests_not_promised": dict(refused),
+        "missing": dict(list(missing.items())[:SHOWN]),
+    }
 
 
 def _lines(lab: Lab, name: str, word: str) -> list[dict[str, object]]:

@@ -145,27 +145,13 @@ async def _account(lab: Lab, load: Load) -> dict[str, Any]:
             break
         await asyncio.sleep(INTERVAL_S)
     await asyncio.sleep(2 * INTERVAL_S)  # what was accepted last has its effect
-    account, effects, kept = ledger.Account(owed, ledger.accepted(lab)), ledger.effects(lab), ledger.kept(lab)
-    return {
-        "events_promised": len(owed),
-        "events_lost": len(account.lost),
-        "events_accepted_twice": account.repeats,
-        "events_out_of_order": ledger.unordered(lab),
-        "events_without_effect": len(owed - effects.keys()),
-        "events_with_effect_twice": sum(count - 1 for count in effects.values()),
-        "requests_promised": len(load.promised.held),
-        "requests_lost": len(missing),
-        "requests_computed_twice": sum(count - 1 for count in kept.values()),
-        "requests_not_promised": dict(load.promised.refused),
-        "missing": dict(list(missing.items())[:10]),
-    }
+    return ledger.reckoning(lab, owed, len(load.promised.held), missing, load.promised.refused)
 
 
 def broken(outcomes: Sequence[Outcome], whole: dict[str, Any]) -> list[str]:
     """All promises that were not kept, in words."""
     found = [f"{outcome.name}: {what}" for outcome in outcomes for what in outcome.broken]
-    zero = ("events_lost", "events_accepted_twice", "events_out_of_order", "events_without_effect", "events_with_effect_twice")
-    found += [f"{name}: {whole[name]}" for name in (*zero, "requests_lost", "requests_computed_twice") if whole[name]]
+    found += [f"{name}: {whole[name]}" for name in ledger.ZERO if whole[name]]
     return found
 
 

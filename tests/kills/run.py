@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import apsw
-
 from appliance.lab import units
 from appliance.lab.daemon import Device, Lab, Plan
 from appliance.lab.site import claim
-from appliance.lab.telling import PREFIX, PROMISED
+from appliance.lab.telling import PROMISED
 from appliance.lab.units import Unit
 from tests.chaos import ledger
 from tests.chaos.experiments import running
+from tests.chaos.run import say
 from tests.kills.asking import Asking, small_model
 
 REPORT = Path("build/reports/kills.json")
@@ -47,10 +46,7 @@ SETTLE_S = 30.0
 POLL_S = 0.05
 RESTART_S = (0.1, 0.2)
 """Pauses of the supervisor; its own grow to 5 s for a process that keeps dying, and here each one is killed every few seconds."""
-ZERO = (
-    "events_lost", "events_accepted_twice", "events_out_of_order", "events_without_effect", "events_with_effect_twice",
-    "effects_out_of_order", "requests_lost", "requests_computed_twice",
-)  # fmt: skip
+ZERO = (*ledger.ZERO, "effects_out_of_order")
 
 
 @dataclass(slots=True)
@@ -80,7 +76,7 @@ class Kills:
 
     async def _beyond(self, marks: dict[str, str]) -> bool:
         """Whether something arrived that was promised after the marks."""
-        return all(_arrived(self.lab, name) > mark for name, mark in marks.items())
+        return all(ledger.newest(self.lab, name) > mark for name, mark in marks.items())
 
 
 async def run(rounds: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -125,21 +121,9 @@ async def _account(lab: Lab, kills: Kills) -> dict[str, Any]:
         return not (owed - ledger.accepted(lab).keys()) and not (owed - ledger.effects(lab).keys())
 
     await _until(settled, SETTLE_S)
-    account, effects, kept = ledger.Account(owed, ledger.accepted(lab)), ledger.effects(lab), ledger.kept(lab)
-    return {
-        "events_promised": len(owed),
-        "events_lost": len(account.lost),
-        "events_accepted_twice": account.repeats,
-        "events_out_of_order": ledger.unordered(lab),
-        "events_without_effect": len(owed - effects.keys()),
-        "events_with_effect_twice": sum(count - 1 for count in effects.values()),
-        "effects_out_of_order": ledger.effects_unordered(lab),
-        "requests_promised": len(kills.asking.held),
-        "requests_lost": len(missing),
-        "requests_computed_twice": sum(count - 1 for count in kept.values()),
-        "requests_not_promised": dict(kills.asking.refused),
-        "missing": dict(list(missing.items())[:10]),
-    }
+    asking = kills.asking
+    counted = ledger.reckoning(lab, owed, len(asking.held), missing, asking.refused)
+    return {**counted, "effects_out_of_order": ledger.effects_unordered(lab)}
 
 
 def broken(whole: dict[str, Any]) -> list[str]:
@@ -165,18 +149,6 @@ def _promised(lab: Lab, device: Device) -> str:
     return ""
 
 
-def _arrived(lab: Lab, device: str) -> str:
-    """The last key of a device in the region's inbox."""
-    connection = apsw.Connection(str(lab.site.path / "region" / "state" / "inbox" / "queue.db"), flags=apsw.SQLITE_OPEN_READONLY)
-    try:
-        connection.set_busy_timeout(2_000)
-        query = "SELECT max(idem) FROM accepted WHERE sender = ? AND idem >= ? AND idem < ?"
-        row = connection.execute(query, (device, PREFIX, PREFIX + "~")).fetchone()
-    finally:
-        connection.close()
-    return str(row[0] or "") if row else ""
-
-
 async def _killed(unit: Unit) -> None:
     """SIGKILL, as soon as the process is there."""
 
@@ -195,12 +167,6 @@ async def _until(condition: Callable[[], Awaitable[bool]], within_s: float) -> b
             return False
         await asyncio.sleep(POLL_S)
     return True
-
-
-def say(text: str) -> None:
-    """Tell whoever watches."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def main() -> int:

@@ -98,7 +98,7 @@ def refusal(error: ApplianceError) -> Reply:
         status = BUSY
     if status in RETRYABLE:
         headers = _later(DEFAULT_RETRY_S if error.retry_after_s is None else error.retry_after_s)
-    if status == 415:  # noqa: PLR2004 - HTTP's number
+    if status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
         headers[hdrs.ACCEPT_ENCODING] = "gzip, deflate"
     return failure(status, text, error.reason, headers)
 

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Any
 
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPMA_OBJECT
+from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_RC, TPMA_OBJECT
 from tpm2_pytss.types import TPM2B_PUBLIC, TPMS_ATTEST, TPMT_PUBLIC, TPMT_SIGNATURE
-from tpm2_pytss.utils import NVReadEK, create_ek_template
+from tpm2_pytss.utils import NoSuchIndex, NVReadEK, create_ek_template
 
 from appliance.adapters.tpm.refusals import ANEW, step
 from appliance.contract.attest import Enrolled
@@ -36,6 +36,8 @@ _BORN_INSIDE = (
 _FIRST_HANDLES = (0x8000_0000, 0x0200_0000, 0x0300_0000)
 _MANY = 64
 _HANDLE_ABSENT = 0x18B
+_ERASED = b"\xff"
+"""What an NV index holds where nobody has written yet; no certificate and no template begins with it."""
 
 
 def quote(esys: ESAPI, ak: ESYS_TR, pcrs: Sequence[int], nonce: bytes) -> tuple[dict[int, bytes], bytes, bytes]:
@@ -93,8 +95,21 @@ def pinned_storage_key(esys: ESAPI, loaded: ExitStack, enrolled: Enrolled) -> ES
 
 
 def endorsement_key(esys: ESAPI, loaded: ExitStack) -> tuple[bytes | None, ESYS_TR]:
-    """The EK's certificate and the EK, from its handle if the maker left it there."""
-    certificate, template = create_ek_template(EK_TEMPLATE, NVReadEK(esys))
+    """The EK's certificate, None if none was ever written to its end, and the EK, from its handle if the maker left it there."""
+    read = NVReadEK(esys)
+
+    def written(index: int) -> bytes:
+        try:
+            content: bytes = read(index)
+        except TSS2_Exception as error:
+            if int(error.error) != TPM2_RC.NV_UNINITIALIZED:
+                raise
+            raise NoSuchIndex(index) from error
+        if content.startswith(_ERASED):
+            raise NoSuchIndex(index)
+        return content
+
+    certificate, template = create_ek_template(EK_TEMPLATE, written)
     found = persistent(esys, loaded, EK_HANDLE)
     return certificate, found if found is not None else primary(esys, loaded, template, ESYS_TR.ENDORSEMENT)[0]
 

@@ -94,15 +94,20 @@ class Ownership:
             return trim_certificate(certificate) if certificate else None, pack_public(self._esys.read_public(ek)[0])
 
     def keep_certificate(self, certificate: bytes) -> None:
-        """Keep an EK certificate (DER) where there is none. Raises: WorldError (`tpm`)."""
-        with step("EK certificate"):
+        """Keep an EK certificate (DER) where there is none. Raises: WorldError (`tpm`, `owner`).
+
+        Its beginning is written last: one that a power cut left unfinished is none, and is begun anew.
+        """
+        with ExitStack() as loaded, step("EK certificate"):
+            unfinished = persistent(self._esys, loaded, EK_CERTIFICATE_INDEX)
+            if unfinished is not None:
+                self._esys.nv_undefine_space(unfinished)
+                loaded.pop_all()
             public = TPMS_NV_PUBLIC(nvIndex=EK_CERTIFICATE_INDEX, nameAlg=TPM2_ALG.SHA256, attributes=_READABLE, dataSize=len(certificate))
             index = self._esys.nv_define_space(None, TPM2B_NV_PUBLIC(nvPublic=public))
-            try:
-                for offset in range(0, len(certificate), _PIECE_BYTES):
-                    self._esys.nv_write(index, certificate[offset : offset + _PIECE_BYTES], offset, auth_handle=ESYS_TR.OWNER)
-            finally:
-                self._esys.tr_close(index)
+            loaded.callback(self._esys.tr_close, index)
+            for offset in reversed(range(0, len(certificate), _PIECE_BYTES)):
+                self._esys.nv_write(index, certificate[offset : offset + _PIECE_BYTES], offset, auth_handle=ESYS_TR.OWNER)
 
     def maker(self) -> tuple[int, str, int]:
         """What the TPM says of itself: its manufacturer's number, its model, its firmware's version. Raises: WorldError (`tpm`)."""

@@ -6,18 +6,16 @@
 """
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
 from appliance.contract.errors import TheirsError
-
-FOREVER = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
-SERIAL_BYTES = 16
+from appliance.core.trust.certificates import AuthorityKey, key_usage, lifelong
 
 _SEQUENCE, _BIT_STRING, _ATTRIBUTES = 0x30, 0x03, 0xA0
 _VERSION_0 = b"\x02\x01\x00"
@@ -40,40 +38,16 @@ def request(device: str, public: ec.EllipticCurvePublicKey, sign: Callable[[byte
 
 
 def issue(
-    asked: x509.CertificateSigningRequest,
-    authority: x509.Certificate,
-    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey,
-    *,
-    now: datetime,
-    serial: bytes,
+    asked: x509.CertificateSigningRequest, authority: x509.Certificate, key: AuthorityKey, *, now: datetime, serial: bytes
 ) -> x509.Certificate:
     """The certificate for a good request. `serial`: 16 random bytes. Raises: TheirsError (`devid_request`, `devid_authority`)."""
     public = asked.public_key()
     if not isinstance(public, ec.EllipticCurvePublicKey) or not asked.is_signature_valid:
         raise TheirsError("devid_request", "is not signed by the key that it is for", where="DevID request")
-    if authority.public_key() != key.public_key():
-        raise TheirsError("devid_authority", "certificate and key of the DevID authority do not belong together", where="DevID authority")
-    usage = x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=False,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-    builder = x509.CertificateBuilder(
-        issuer_name=authority.subject, subject_name=asked.subject, public_key=public, serial_number=int.from_bytes(serial, "big") >> 1 or 1
-    )
     return (
-        builder.not_valid_before(now)
-        .not_valid_after(FOREVER)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
+        lifelong(authority, key, asked.subject, public, now=now, serial=serial, whose="DevID authority")
+        .add_extension(key_usage("digital_signature"), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
 

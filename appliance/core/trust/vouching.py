@@ -6,23 +6,24 @@
 3. It says less than a maker's: that this key was on the bench, not that it lies in a chip. What the bench is worth, the certificate is.
 """
 
+import hashlib
 from dataclasses import dataclass
 from datetime import datetime
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
 from appliance.contract.errors import TheirsError
-from appliance.core.trust.devid import FOREVER
+from appliance.core.trust.certificates import AuthorityKey, key_usage, lifelong
 from appliance.core.trust.endorsement import EK_CERTIFICATE
 from appliance.core.trust.tpm_structures import Public
 
 _MANUFACTURER, _MODEL, _VERSION = (x509.ObjectIdentifier(f"2.23.133.2.{number}") for number in (1, 2, 3))
 """tcg-at-tpmManufacturer, -Model, -Version."""
-_SHOWN_BYTES = 8
+_SHOWN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,55 +35,28 @@ class Maker:
     firmware: int
 
 
-def vouch(
-    endorsement: Public,
-    maker: Maker,
-    authority: x509.Certificate,
-    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey,
-    *,
-    now: datetime,
-    serial: bytes,
-) -> bytes:
+def vouch(endorsement: Public, maker: Maker, authority: x509.Certificate, key: AuthorityKey, *, now: datetime, serial: bytes) -> bytes:
     """The certificate (DER) for an EK. `serial`: 16 random bytes. Raises: TheirsError (`ek_authority`)."""
-    if authority.public_key() != key.public_key():
-        raise TheirsError("ek_authority", "certificate and key of the EK authority do not belong together", where="EK authority")
-    try:
-        is_authority = authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except x509.ExtensionNotFound:
-        is_authority = False
-    if not is_authority:
+    public = endorsement.key
+    digest = hashlib.sha256(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"EK {digest[:_SHOWN]}")])
+    builder = lifelong(authority, key, subject, public, now=now, serial=serial, whose="EK authority")
+    if not _is_authority(authority):
         raise TheirsError("ek_authority", "is not a CA, so no region will trust what it signs", where="EK authority")
-    is_rsa = isinstance(endorsement.key, rsa.RSAPublicKey)
-    usage = x509.KeyUsage(
-        digital_signature=False,
-        content_commitment=False,
-        key_encipherment=is_rsa,
-        data_encipherment=False,
-        key_agreement=not is_rsa,
-        key_cert_sign=False,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-    digest = hashes.Hash(hashes.SHA256())
-    digest.update(endorsement.key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
-    builder = x509.CertificateBuilder(
-        issuer_name=authority.subject,
-        subject_name=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"EK {digest.finalize()[:_SHOWN_BYTES].hex()}")]),
-        public_key=endorsement.key,
-        serial_number=int.from_bytes(serial, "big") >> 1 or 1,
-    )
     certificate = (
-        builder.not_valid_before(now)
-        .not_valid_after(FOREVER)
-        .add_extension(x509.SubjectAlternativeName([x509.DirectoryName(_named(maker))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder.add_extension(x509.SubjectAlternativeName([x509.DirectoryName(_named(maker))]), critical=False)
         .add_extension(x509.ExtendedKeyUsage([EK_CERTIFICATE]), critical=False)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+        .add_extension(key_usage("key_encipherment" if isinstance(public, rsa.RSAPublicKey) else "key_agreement"), critical=True)
         .sign(key, hashes.SHA256())
     )
     return certificate.public_bytes(Encoding.DER)
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
 
 
 def _named(maker: Maker) -> x509.Name:
